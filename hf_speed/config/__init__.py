@@ -1,0 +1,1 @@
+"""The one config tree of hf_speed, and the only reader of the environment (`env.py`)."""

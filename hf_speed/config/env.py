@@ -1,0 +1,111 @@
+"""The environment: the one file that reads `os.environ`.
+
+Everything that a launcher tells its processes arrives here and leaves as typed values. Nothing is cached: a test or a
+launcher may change the environment between two reads.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from hf_speed.errors import ConfigError
+
+CONFIG_VARIABLE = "HF_SPEED_CONFIG"
+"""Carries a config (a path, or JSON text beginning with `{`) from a launcher into its processes."""
+
+WORLD_VARIABLE = "HF_SPEED_WORLD_SIZE"
+"""The number of processes that `hf-speed launch` promised: a process that finds another world raises."""
+
+
+class LaunchedWorld(NamedTuple):
+    """What the launcher says about this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launched: bool
+    """True if a launcher set WORLD_SIZE, False for a process started by hand."""
+
+
+def _integer(name: str, *, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"The environment variable {name}={text!r} is not a whole number. A launcher sets it; unset it, "
+            f"or start the script with `hf-speed launch -n N`, `accelerate launch` or `torchrun`."
+        ) from None
+
+
+def launched_world() -> LaunchedWorld:
+    """What the launcher says about this process: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE.
+
+    Raises:
+        ConfigError: a variable is not a whole number, or RANK is not below WORLD_SIZE.
+    """
+    world_size = _integer("WORLD_SIZE", default=1)
+    rank = _integer("RANK", default=0)
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"RANK={rank} does not lie in 0..{world_size - 1} (WORLD_SIZE={world_size}). The launcher's variables "
+            f"contradict each other; start the script with `hf-speed launch -n N`."
+        )
+    return LaunchedWorld(
+        rank=rank,
+        world_size=world_size,
+        local_rank=_integer("LOCAL_RANK", default=0),
+        local_world_size=_integer("LOCAL_WORLD_SIZE", default=world_size),
+        launched=bool(os.environ.get("WORLD_SIZE")),
+    )
+
+
+def current_rank() -> int:
+    """The rank that logging goes by: RANK, or 0 where it is unset or unreadable (logging must never raise)."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def config_text() -> str | None:
+    """The config that a launcher carried here in HF_SPEED_CONFIG; None if unset or empty."""
+    return os.environ.get(CONFIG_VARIABLE) or None
+
+
+def check_promised_world() -> None:
+    """Compare the world with the one that `hf-speed launch` promised.
+
+    Raises:
+        ConfigError: HF_SPEED_WORLD_SIZE is set and WORLD_SIZE differs.
+    """
+    world = launched_world()
+    promised = _integer(WORLD_VARIABLE, default=world.world_size)
+    if promised != world.world_size:
+        raise ConfigError(
+            f"{WORLD_VARIABLE}={promised} processes were asked for, but this process belongs to a world of "
+            f"WORLD_SIZE={world.world_size}. The launcher started fewer or more; start with "
+            f"`hf-speed launch -n {promised}`."
+        )
+
+
+def launch_environment() -> dict[str, str]:
+    """A copy of the environment, for a launcher to extend and hand to its children."""
+    return dict(os.environ)
+
+
+@contextmanager
+def overridden(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the length of a block, and put the old ones back in `finally`."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

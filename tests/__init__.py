@@ -1,0 +1,1 @@
+"""The tests of hf_speed; folders mirror the rooms of the package."""

@@ -1,10 +1,10 @@
-"""ZeRO, offload, pipelines and fused layers for Hugging Face Transformers, without leaving the Trainer.
+"""ZeRO for Hugging Face Transformers, without leaving the Trainer or Accelerate.
 
     from hf_speed import Trainer, TrainingArguments
     args = TrainingArguments("out", hf_speed={"zero": {"stage": 3}})
 
-Every public name is loaded on first use (PEP 562): `import hf_speed` imports neither torch nor transformers, patches
-nothing, prints nothing and starts nothing.
+Every public name is loaded on first use (PEP 562): `import hf_speed` imports neither torch nor
+transformers, patches nothing, prints nothing and starts nothing.
 """
 
 from importlib import import_module
@@ -58,8 +58,8 @@ __all__ = [
 ]
 
 
-def _home_of(name: str) -> str | None:
-    """The module that defines public name `name`; None if there is no such name."""
+def _home_of(name: str) -> str:
+    """The module that defines public name `name`."""
     match name:
         case "SpeedConfig":
             return "hf_speed.config"
@@ -69,8 +69,6 @@ def _home_of(name: str) -> str | None:
             return "hf_speed.checkpoint.export"
         case "engine_of" | "gathered":
             return "hf_speed.engine"
-        case _ if name not in __all__:
-            return None
         case _ if name.startswith(("get_full_", "set_full_")):
             return "hf_speed.engine"
         case _:
@@ -79,10 +77,9 @@ def _home_of(name: str) -> str | None:
 
 def __getattr__(name: str) -> object:
     """Load a public name on first use, and keep it."""
-    home = _home_of(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module 'hf_speed' has no attribute {name!r}")
-    value = getattr(import_module(home), name)
+    value = getattr(import_module(_home_of(name)), name)
     globals()[name] = value
     return value
 

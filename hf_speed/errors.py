@@ -1,7 +1,8 @@
 """The errors that hf_speed raises.
 
-Every message says what happened, why, and how to fix it, with the values and the config path. A mistake in what the
-user gave is a `ConfigError`; what goes wrong in a run is one of the others. All share `HfSpeedError`.
+Every message says what happened, why, and how to fix it, with the values and the config path. A
+mistake in what the user gave is a `ConfigError`; what goes wrong in a run is one of the others. All
+share `HfSpeedError`.
 """
 
 

@@ -3,9 +3,11 @@
     _log = get_logger(__name__)
     _log.info("engine: %d units", num_units)                                # rank 0 only
     _log.warning("out of host memory", extra={"all_ranks": True})           # every rank
-    _log.log_once(logging.WARNING, "%s is not elementwise", name)           # once per logger, message and values
+    _log.log_once(logging.WARNING, "%s is not elementwise", name)           # once per logger,
+    message and values
 
-INFO: what was built, once. WARNING: the user should act. Handlers and levels are the application's affair.
+INFO: what was built, once. WARNING: the user should act. Handlers and levels are the application's
+    affair.
 """
 
 import logging
@@ -16,7 +18,7 @@ from hf_speed.config import env
 
 
 class RankLogger(logging.LoggerAdapter[logging.Logger]):
-    """A logger that drops records on ranks other than 0, except those with `extra={"all_ranks": True}`."""
+    """Speaks on rank 0; on every rank where a record has `extra={"all_ranks": True}`."""
 
     def __init__(self, logger: logging.Logger) -> None:
         """Wrap `logger`; nothing is configured."""
@@ -24,7 +26,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         self._seen: set[tuple[object, ...]] = set()
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log `msg % args` at `level`, on rank 0 or, with `extra={"all_ranks": True}`, on every rank."""
+        """Log `msg % args` on rank 0; with `extra={"all_ranks": True}` on every rank."""
         extra: Mapping[str, object] = kwargs.get("extra") or {}
         if not self.isEnabledFor(level):
             return

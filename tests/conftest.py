@@ -1,8 +1,8 @@
-"""Settings of every test: one thread per process, no network, GPU tests skipped and named where there is no GPU."""
+"""Settings of every test: one thread a process, no network, no GPU test without a GPU."""
 
 import os
 
-# Before torch is imported: its thread pool takes its size from here, and the ranks of a test inherit it.
+# Before torch is imported: its thread pool takes its size from here, in every rank as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

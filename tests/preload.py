@@ -1,5 +1,6 @@
-"""Imported once by the server that the ranks of a test are forked from: the slow imports, none of which starts a thread."""
+"""The slow imports of the server that ranks are forked from; no Python thread is started."""
 
-import torch  # noqa: F401
-import torch.distributed  # noqa: F401
-import transformers  # noqa: F401
+from importlib import import_module
+
+for _name in ("torch.distributed", "accelerate", "transformers.trainer"):
+    import_module(_name)

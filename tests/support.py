@@ -3,9 +3,10 @@
     def _scaled_rank(scale: float) -> float: ...     # module-level: it is pickled by name
     assert run_ranks(_scaled_rank, 2, 10.0) == [0.0, 10.0]
 
-Ranks are forked from a server process that has imported torch and transformers once (multiprocessing's `forkserver`),
-so a world costs tens of milliseconds rather than seconds. They meet through a FileStore: no port, no clash between
-test runs. Still, put several cases in one world where that reads well.
+Ranks are forked from a server process that has imported torch and transformers once
+(multiprocessing's `forkserver`), so a world costs tens of milliseconds rather than seconds. They
+meet through a FileStore: no port, no clash between test runs. Still, put several cases in one world
+where that reads well.
 """
 
 import faulthandler
@@ -28,13 +29,15 @@ GRACE_S = 20.0
 """Seconds that the other ranks get to report after one has failed."""
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """At least one rank failed; the message holds the report of every rank that did."""
 
     def __init__(self, reports: Mapping[int, str]) -> None:
         """Join `reports`, rank to traceback."""
         self.reports = dict(reports)
-        super().__init__("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in sorted(self.reports.items())))
+        super().__init__(
+            "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in sorted(self.reports.items()))
+        )
 
 
 class _World(NamedTuple):
@@ -57,32 +60,42 @@ def run_ranks(
 ) -> list[Any]:
     """Run `fn(*args)` on `world_size` ranks and return their results in rank order.
 
-    The function finds its place with `torch.distributed.get_rank()`, or in RANK, WORLD_SIZE and LOCAL_RANK.
+    The function finds its place with `torch.distributed.get_rank()`, or in RANK, WORLD_SIZE and
+    LOCAL_RANK.
 
     Args:
         fn: a module-level function; its result goes through `torch.save`.
         world_size: number of processes, at least 1.
-        args: passed to `fn`; pickled.
-        timeout_s: wall-clock limit; when it ends, the stack of every rank still running is reported.
+        *args: passed to `fn`; pickled.
+        timeout_s: wall-clock limit; then the stack of every rank still running is reported.
         backend: of the default process group; None: `fn` makes its own, or has none.
         env: variables set in every rank before `fn` runs.
 
     Raises:
-        RankFailure: a rank raised, died, or was still running at the limit.
+        RankError: a rank raised, died, or was still running at the limit.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         world = _World(directory, world_size, backend, timeout_s, {**os.environ, **(env or {})})
-        processes = [_context().Process(target=_child, args=(fn, rank, world, args)) for rank in range(world_size)]
+        processes = [
+            _context().Process(target=_child, args=(fn, rank, world, args))
+            for rank in range(world_size)
+        ]
         for process in processes:
             process.start()
-        _wait(processes, deadline=time.monotonic() + timeout_s, directory=Path(directory))
+        _wait(processes, deadline=time.monotonic() + timeout_s)
         _stop(processes)
-        reports = {rank: _report(Path(directory), rank, process.exitcode) for rank, process in enumerate(processes)}
+        reports = {
+            rank: _report(Path(directory), rank, process.exitcode)
+            for rank, process in enumerate(processes)
+        }
         failures = {rank: text for rank, text in reports.items() if text}
         if failures:
-            raise RankFailure(failures)
+            raise RankError(failures)
         # The files were written by this test's own ranks a moment ago.
-        return [torch.load(Path(directory) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+        return [
+            torch.load(Path(directory) / f"result-{rank}", weights_only=False)
+            for rank in range(world_size)
+        ]
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
@@ -91,12 +104,14 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _wait(processes: list[ForkServerProcess], *, deadline: float, directory: Path) -> None:
+def _wait(processes: list[ForkServerProcess], *, deadline: float) -> None:
     """Return when all have ended, at the deadline, or a grace after the first failure."""
-    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+    while running := [process for process in processes if process.is_alive()]:
         if any(process.exitcode not in (None, 0) for process in processes):
             deadline = min(deadline, time.monotonic() + GRACE_S)
-        next(process for process in processes if process.is_alive()).join(timeout=0.05)
+        if time.monotonic() > deadline:
+            return
+        running[0].join(timeout=0.02)
 
 
 def _stop(processes: list[ForkServerProcess]) -> None:
@@ -139,20 +154,23 @@ def _child(fn: Callable[..., Any], rank: int, world: _World, args: tuple[Any, ..
                 world.backend, store=store, rank=rank, world_size=world.world_size, timeout=timeout
             )
         torch.save(fn(*args), directory / f"result-{rank}")
-    except BaseException:  # SystemExit included: whatever ended the rank is its report.
+    except BaseException:  # noqa: BLE001  SystemExit included: what ended the rank is its report.
         (directory / f"error-{rank}").write_text(traceback.format_exc())
-        # Not sys.exit: destroying the group or joining threads could wait for ranks that never come.
+        # Not sys.exit: destroying the group could wait for ranks that never come.
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _set_environment(rank: int, world: _World) -> None:
-    # The server was forked with the environment of its first use; each test may have set its own since.
+    # The server keeps the environment of its first use; a test may have set its own since.
     os.environ.clear()
     os.environ.update(world.environment)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world.world_size), LOCAL_WORLD_SIZE=str(world.world_size)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_WORLD_SIZE=str(world.world_size),
     )
     if world.backend == "gloo":
         os.environ["ACCELERATE_USE_CPU"] = "1"

@@ -1,4 +1,4 @@
-"""The harness itself: results in rank order, and a report of every rank that fails, dies or hangs."""
+"""The harness: results in rank order, a report of every rank that fails, dies or hangs."""
 
 import os
 import time
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support import RankFailure, run_ranks
+from tests.support import RankError, run_ranks
 
 
 def _sum_of_ranks(scale: float) -> torch.Tensor:
@@ -35,12 +35,16 @@ def test_results_come_back_in_rank_order() -> None:
 
 
 def test_environment_reaches_every_rank() -> None:
-    assert run_ranks(_variable, 2, "COLOUR", backend=None, env={"COLOUR": "red"}) == ["red 0", "red 1"]
+    assert run_ranks(_variable, 2, "COLOUR", backend=None, env={"COLOUR": "red"}) == [
+        "red 0",
+        "red 1",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("raise", "rank 1.*from rank 1"), ("die", "exit code 7"), ("hang", "in _misbehave")]
+    ("how", "message"),
+    [("raise", "rank 1.*from rank 1"), ("die", "exit code 7"), ("hang", "in _misbehave")],
 )
 def test_failing_rank_is_reported(how: str, message: str) -> None:
-    with pytest.raises(RankFailure, match=f"(?s){message}"):
+    with pytest.raises(RankError, match=f"(?s){message}"):
         run_ranks(_misbehave, 2, how, timeout_s=5.0)

@@ -1,1 +1,31 @@
-"""The one config tree of hf_speed, and the only reader of the environment (`env.py`)."""
+"""The one config tree of hf_speed, and the only reader of the environment.
+
+what the user gives -> `load_config` -> SpeedConfig -> `resolve` (world, dtypes, bytes) ->
+ResolvedConfig
+"""
+
+from hf_speed.config.load import known_paths, load_config
+from hf_speed.config.resolve import ResolvedConfig, resolve
+from hf_speed.config.tree import (
+    CheckpointConfig,
+    DebugConfig,
+    LossScaleConfig,
+    MeshConfig,
+    PrecisionConfig,
+    SpeedConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DebugConfig",
+    "LossScaleConfig",
+    "MeshConfig",
+    "PrecisionConfig",
+    "ResolvedConfig",
+    "SpeedConfig",
+    "ZeroConfig",
+    "known_paths",
+    "load_config",
+    "resolve",
+]

@@ -1,7 +1,7 @@
 """The environment: the one file that reads `os.environ`.
 
-Everything that a launcher tells its processes arrives here and leaves as typed values. Nothing is cached: a test or a
-launcher may change the environment between two reads.
+Everything that a launcher tells its processes arrives here and leaves as typed values. Nothing is
+cached: a test or a launcher may change the environment between two reads.
 """
 
 import os
@@ -15,7 +15,8 @@ CONFIG_VARIABLE = "HF_SPEED_CONFIG"
 """Carries a config (a path, or JSON text beginning with `{`) from a launcher into its processes."""
 
 WORLD_VARIABLE = "HF_SPEED_WORLD_SIZE"
-"""The number of processes that `hf-speed launch` promised: a process that finds another world raises."""
+"""The number of processes that `hf-speed launch` promised: a process that finds another world
+raises."""
 
 
 class LaunchedWorld(NamedTuple):
@@ -37,8 +38,9 @@ def _integer(name: str, *, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(
-            f"The environment variable {name}={text!r} is not a whole number. A launcher sets it; unset it, "
-            f"or start the script with `hf-speed launch -n N`, `accelerate launch` or `torchrun`."
+            f"The environment variable {name}={text!r} is not a whole number. A launcher sets it; "
+            "unset it, or start the script with `hf-speed launch -n N`, `accelerate launch` or "
+            "`torchrun`."
         ) from None
 
 
@@ -52,8 +54,9 @@ def launched_world() -> LaunchedWorld:
     rank = _integer("RANK", default=0)
     if not 0 <= rank < world_size:
         raise ConfigError(
-            f"RANK={rank} does not lie in 0..{world_size - 1} (WORLD_SIZE={world_size}). The launcher's variables "
-            f"contradict each other; start the script with `hf-speed launch -n N`."
+            f"RANK={rank} does not lie in 0..{world_size - 1} (WORLD_SIZE={world_size}). The "
+            "launcher's variables contradict each other; start the script with `hf-speed launch "
+            "-n N`."
         )
     return LaunchedWorld(
         rank=rank,
@@ -65,7 +68,7 @@ def launched_world() -> LaunchedWorld:
 
 
 def current_rank() -> int:
-    """The rank that logging goes by: RANK, or 0 where it is unset or unreadable (logging must never raise)."""
+    """RANK, or 0 where it is unset or unreadable: what logging goes by, so it never raises."""
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdigit() else 0
 
@@ -85,9 +88,9 @@ def check_promised_world() -> None:
     promised = _integer(WORLD_VARIABLE, default=world.world_size)
     if promised != world.world_size:
         raise ConfigError(
-            f"{WORLD_VARIABLE}={promised} processes were asked for, but this process belongs to a world of "
-            f"WORLD_SIZE={world.world_size}. The launcher started fewer or more; start with "
-            f"`hf-speed launch -n {promised}`."
+            f"{WORLD_VARIABLE}={promised} processes were asked for, but this process belongs to a "
+            f"world of WORLD_SIZE={world.world_size}. The launcher started fewer or more; start "
+            f"with `hf-speed launch -n {promised}`."
         )
 
 
@@ -98,7 +101,7 @@ def launch_environment() -> dict[str, str]:
 
 @contextmanager
 def overridden(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of a block, and put the old ones back in `finally`."""
+    """Set environment variables for the length of a block, then put the old ones back."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

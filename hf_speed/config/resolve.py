@@ -1,0 +1,251 @@
+"""SpeedConfig -> ResolvedConfig: every choice left open is made here, once, printed once.
+
+`resolve` is pure: what it depends on (world, dtypes, bytes) comes in as arguments, so a plan can be
+made for a machine that is not at hand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hf_speed.config.tree import GIB, LossScaleConfig, SpeedConfig, ZeroConfig
+from hf_speed.errors import ConfigError
+
+MEMORY_SHARE = 0.8
+"""Share of the memory that model states may fill; the rest is for activations and units in
+flight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConfig:
+    """A config with nothing left open. `None` for a dtype means: the parameter's own."""
+
+    world_size: int
+    """Number of processes; the product of the axes."""
+    stage: int
+    """0 to 3."""
+    dp_replicate: int
+    """Groups that each hold a whole copy of the sharded state."""
+    dp_shard: int
+    """Ranks that share one copy."""
+    units: Literal["auto"] | tuple[str, ...]
+    """Module classes gathered as one; 'auto': the model's own blocks, found by the engine."""
+    prefetch_units: int
+    """Units gathered ahead (stage 3)."""
+    regather: bool
+    """Stage 3: gather again in the backward."""
+    generate: Literal["gathered", "streamed"]
+    """Stage 3: how `generate()` holds the parameters."""
+    param_dtype: torch.dtype
+    """Dtype in which the model came (of most of its elements)."""
+    compute_dtype: torch.dtype | None
+    """Dtype that parameters are cast to; None: each keeps its own."""
+    master_dtype: torch.dtype | None
+    """Dtype of the copy that the optimizer updates; None: no copy."""
+    reduce_dtype: torch.dtype | None
+    """Dtype in which gradients travel; None: the gradient's own."""
+    accumulate_dtype: torch.dtype | None
+    """Dtype in which gradients add up; None: the gradient's own."""
+    loss_scale: LossScaleConfig | None
+    """Dynamic loss scaling; None unless fp16 computes."""
+    max_shard_bytes: int
+    """Largest file of the model, in bytes."""
+    journal: bool
+    """Record and compare collectives."""
+    timeout_s: float
+    """Seconds that a collective waits."""
+    stats: bool
+    """Add measurements to the logs."""
+    stage_reason: str
+    """Why this stage: 'set', or how it was chosen."""
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(config path, value, why) of everything that was resolved, in the order of the tree."""
+        own = "each parameter's own"
+        scale = self.loss_scale
+        working = self.compute_dtype or self.param_dtype
+        rows = [
+            ("mesh.dp_replicate", str(self.dp_replicate), "copies of the sharded state"),
+            ("mesh.dp_shard", str(self.dp_shard), f"ranks to a copy, of {self.world_size}"),
+            ("zero.stage", str(self.stage), self.stage_reason),
+            (
+                "zero.units",
+                self.units if isinstance(self.units, str) else ", ".join(self.units),
+                "gathered as one",
+            ),
+            ("model parameters", _name(self.param_dtype), "as they came"),
+            (
+                "working parameters",
+                _name(self.compute_dtype) if self.compute_dtype else own,
+                "forward and backward",
+            ),
+            (
+                "precision.master_dtype",
+                _name(self.master_dtype) if self.master_dtype else "none",
+                self._master_why(),
+            ),
+            ("precision.reduce_dtype", _name(self.reduce_dtype or working), "gradients travel"),
+            (
+                "precision.accumulate_dtype",
+                _name(self.accumulate_dtype or working),
+                "gradients add up",
+            ),
+            (
+                "precision.loss_scale",
+                f"{scale.initial:g}, dynamic" if scale else "none",
+                "fp16 only",
+            ),
+        ]
+        if self.stage == 3:
+            rows[4:4] = [
+                ("zero.prefetch_units", str(self.prefetch_units), "units gathered ahead"),
+                ("zero.regather", str(self.regather).lower(), "gather again in the backward"),
+                ("zero.generate", self.generate, "parameters during generate()"),
+            ]
+        return rows
+
+    def table(self) -> str:
+        """The resolved config as aligned text, one line a row."""
+        rows = self.rows()
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(
+            f"{path:<{widths[0]}}  {value:<{widths[1]}}  {why}" for path, value, why in rows
+        )
+
+    def _master_why(self) -> str:
+        return (
+            "the optimizer updates these, where a parameter is 16-bit"
+            if self.master_dtype
+            else "updated in place"
+        )
+
+
+def resolve(
+    config: SpeedConfig,
+    *,
+    world_size: int,
+    param_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    state_bytes: Sequence[int] | None = None,
+    memory_bytes: int | None = None,
+) -> ResolvedConfig:
+    """Make every choice that `config` leaves open.
+
+    Args:
+        config: what the user set.
+        world_size: number of processes.
+        param_dtype: dtype of the model's parameters (of most of its elements).
+        compute_dtype: dtype to cast them to; None: they keep theirs.
+        state_bytes: bytes of model state per rank at stages 0, 1, 2, 3 (`engine.estimate`); needed
+            where zero.stage is left open.
+        memory_bytes: memory of one rank's device in bytes; needed where zero.stage is left open.
+
+    Raises:
+        ConfigError: the axes do not multiply to the world; a value cannot take effect at this stage
+            or dtype.
+    """
+    dp_replicate, dp_shard = _axes(config, world_size)
+    stage, reason = _stage(
+        config.zero, world_size=world_size, state_bytes=state_bytes, memory_bytes=memory_bytes
+    )
+    precision = config.precision
+    working = compute_dtype or param_dtype
+    if precision.loss_scale != LossScaleConfig() and working is not torch.float16:
+        raise ConfigError(
+            f"precision.loss_scale is set, but the model computes in {_name(working)}, which needs "
+            "none. Remove it, or compute in fp16 with TrainingArguments(fp16=True) or "
+            "Accelerator(mixed_precision='fp16')."
+        )
+    return ResolvedConfig(
+        world_size=world_size,
+        stage=stage,
+        dp_replicate=dp_replicate,
+        dp_shard=dp_shard,
+        units=config.zero.units,
+        prefetch_units=config.zero.prefetch_units,
+        regather=config.zero.regather,
+        generate=config.zero.generate,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        master_dtype=torch.float32 if precision.master_dtype == "float32" else None,
+        reduce_dtype=_dtype(precision.reduce_dtype) if precision.reduce_dtype else compute_dtype,
+        accumulate_dtype=torch.float32 if precision.accumulate_dtype == "float32" else None,
+        loss_scale=precision.loss_scale if working is torch.float16 else None,
+        max_shard_bytes=config.checkpoint.max_shard_bytes,
+        journal=config.debug.journal,
+        timeout_s=config.debug.timeout_s,
+        stats=config.debug.stats,
+        stage_reason=reason,
+    )
+
+
+def _axes(config: SpeedConfig, world_size: int) -> tuple[int, int]:
+    """(dp_replicate, dp_shard), whose product is the world."""
+    replicate, shard = config.mesh.dp_replicate, config.mesh.dp_shard
+    if shard is None:
+        if world_size % replicate:
+            raise ConfigError(
+                f"mesh.dp_replicate={replicate} does not divide the world of {world_size} "
+                f"processes. Launch a multiple of {replicate} processes, or set mesh.dp_replicate "
+                f"to a divisor of {world_size}."
+            )
+        return replicate, world_size // replicate
+    if replicate * shard != world_size:
+        raise ConfigError(
+            f"mesh.dp_replicate={replicate} x mesh.dp_shard={shard} asks for {replicate * shard} "
+            f"processes, but the world has {world_size}. Start it with `hf-speed launch -n "
+            f"{replicate * shard}`, or leave mesh.dp_shard out."
+        )
+    return replicate, shard
+
+
+def _stage(
+    zero: ZeroConfig,
+    *,
+    world_size: int,
+    state_bytes: Sequence[int] | None,
+    memory_bytes: int | None,
+) -> tuple[int, str]:
+    """The stage and why; an AUTO stage is the smallest whose model states fit."""
+    if zero.stage is not None:
+        _check_effective(zero, zero.stage)
+        return zero.stage, "set"
+    if world_size == 1:
+        return 0, "auto: one process, nothing to share"
+    if state_bytes is None or memory_bytes is None:
+        raise ConfigError(
+            "zero.stage is left open, but the memory to plan for is unknown. Set zero.stage to 0, "
+            "1, 2 or 3."
+        )
+    room = MEMORY_SHARE * memory_bytes
+    for stage, needed in enumerate(state_bytes):
+        if needed <= room:
+            return (
+                stage,
+                f"auto: {needed / GIB:.2f} GiB a rank fit in 80% of {memory_bytes / GIB:.2f} GiB",
+            )
+    needed = state_bytes[-1]
+    over = f"{needed / GIB:.2f} GiB a rank exceed 80% of {memory_bytes / GIB:.2f} GiB"
+    return 3, f"auto: the smallest, though {over}"
+
+
+def _check_effective(zero: ZeroConfig, stage: int) -> None:
+    """Refuse what only stage 3 reads where the user set another stage."""
+    default = ZeroConfig()
+    for name in ("prefetch_units", "regather", "generate"):
+        value = getattr(zero, name)
+        if stage != 3 and value != getattr(default, name):
+            raise ConfigError(
+                f"zero.{name}={value!r} takes effect at stage 3 only, but zero.stage={stage}. "
+                f"Remove zero.{name}, or set zero.stage=3."
+            )
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

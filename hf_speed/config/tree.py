@@ -1,0 +1,178 @@
+"""The config tree: what a user may set, with unit and legal range under each field.
+
+Nothing here repeats what TrainingArguments or Accelerator already say. What is left out (AUTO) is
+planned from the model, the mesh and the memory at hand by `resolve`. Every class checks itself,
+however it was made.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from hf_speed.config import check
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+AUTO = "auto"
+"""In a file, what leaves the choice to hf_speed; the same as leaving the key out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshConfig:
+    """How the processes are laid out; the product of the axes is the world."""
+
+    dp_replicate: int = 1
+    """Groups that each hold a whole copy of the sharded state, 1 to 65536. More: less traffic
+    between groups, more memory."""
+    dp_shard: int | None = None
+    """Ranks that share one copy of the state, 1 to 65536. AUTO: the world size divided by
+    dp_replicate."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check.integer("mesh.dp_replicate", self.dp_replicate, 1, 65536)
+        if self.dp_shard is not None:
+            check.integer("mesh.dp_shard", self.dp_shard, 1, 65536)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroConfig:
+    """What is sharded, and how far ahead it is gathered (ZeRO, arXiv:1910.02054)."""
+
+    stage: int | None = None
+    """0 to 3: shards nothing; the optimizer state; gradients too; parameters too. AUTO: the
+    smallest whose state fits."""
+    units: Literal["auto"] | tuple[str, ...] = AUTO
+    """Module classes gathered as one, a list of names. AUTO: the model's own blocks (its
+    `_no_split_modules`)."""
+    prefetch_units: int = 1
+    """Units gathered ahead of the one that computes, 0 to 8 (stage 3). Each holds one more unit in
+    memory."""
+    regather: bool = True
+    """Stage 3: release a unit after the forward and gather it again in the backward. False: more
+    memory, less traffic."""
+    generate: Literal["gathered", "streamed"] = "gathered"
+    """Stage 3, `generate()`: hold the whole model for its length, or gather every unit at every
+    token."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.stage is not None:
+            check.integer("zero.stage", self.stage, 0, 3)
+        if self.units != AUTO:
+            object.__setattr__(self, "units", check.names("zero.units", self.units))
+        check.integer("zero.prefetch_units", self.prefetch_units, 0, 8)
+        check.boolean("zero.regather", self.regather)
+        check.one_of("zero.generate", self.generate, ("gathered", "streamed"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossScaleConfig:
+    """Dynamic loss scaling (arXiv:1710.03740, section 3.2); fp16 only, else an error."""
+
+    initial: float = 65536.0
+    """The first factor, 1 to 2**32. A smaller one loses small gradients, a larger one skips the
+    first steps."""
+    window: int = 1000
+    """Good steps in a row before the scale doubles, 1 to 1000000."""
+    hysteresis: int = 2
+    """Overflows before the scale halves, 1 to 1000. The step is skipped at each."""
+    floor: float = 1.0
+    """The scale never goes below it, 2**-24 to `initial`."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check.number("precision.loss_scale.initial", self.initial, 1.0, 2.0**32)
+        check.integer("precision.loss_scale.window", self.window, 1, 1_000_000)
+        check.integer("precision.loss_scale.hysteresis", self.hysteresis, 1, 1000)
+        check.number("precision.loss_scale.floor", self.floor, 2.0**-24, self.initial)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """The dtypes beside the one that computes, which TrainingArguments (`bf16`, `fp16`) owns."""
+
+    master_dtype: Literal["float32", "same"] = "float32"
+    """Dtype of the copy that the optimizer updates where the parameter is 16-bit. 'same': no copy,
+    4 bytes less a parameter."""
+    reduce_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype in which gradients travel; they are summed in float32 on arrival. AUTO: the dtype that
+    computes."""
+    accumulate_dtype: Literal["float32", "same"] = "float32"
+    """Dtype in which gradients add up over micro-steps. 'same': the gradient's own."""
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    """Dynamic loss scaling, in fp16 only."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check.one_of("precision.master_dtype", self.master_dtype, ("float32", "same"))
+        if self.reduce_dtype is not None:
+            check.one_of(
+                "precision.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16", "float16")
+            )
+        check.one_of("precision.accumulate_dtype", self.accumulate_dtype, ("float32", "same"))
+        check.section("precision.loss_scale", self.loss_scale, LossScaleConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """How checkpoints are written."""
+
+    max_shard_bytes: int = 5 * GIB
+    """Largest safetensors file of the model in bytes, 1 KiB to 1 TiB. One such file is in host
+    memory at a time."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check.integer("checkpoint.max_shard_bytes", self.max_shard_bytes, KIB, 1024 * GIB)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DebugConfig:
+    """Finding faults, and measuring."""
+
+    journal: bool = False
+    """Record and compare every collective: a rank that diverges is named, with operation and
+    caller. Slower."""
+    timeout_s: float = 600.0
+    """Seconds that a collective waits for the other ranks before it raises, 1 to 86400."""
+    stats: bool = True
+    """Add bytes sent, peak memory, gradient norm, loss scale and tokens/s to the logs."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check.boolean("debug.journal", self.journal)
+        check.number("debug.timeout_s", self.timeout_s, 1.0, 86400.0)
+        check.boolean("debug.stats", self.stats)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedConfig:
+    """Everything that hf_speed can be told. `SpeedConfig()` leaves every choice to it."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the processes are laid out."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """What is sharded."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Dtypes beside the one that computes."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How checkpoints are written."""
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    """Finding faults, and measuring."""
+
+    def __post_init__(self) -> None:
+        """Check that every section is of its class."""
+        check.section("mesh", self.mesh, MeshConfig)
+        check.section("zero", self.zero, ZeroConfig)
+        check.section("precision", self.precision, PrecisionConfig)
+        check.section("checkpoint", self.checkpoint, CheckpointConfig)
+        check.section("debug", self.debug, DebugConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every field present; `load_config` makes an equal config of them."""
+        tree = asdict(self)
+        if not isinstance(self.zero.units, str):
+            tree["zero"]["units"] = list(self.zero.units)
+        return tree

@@ -1,4 +1,4 @@
-"""From an interval of a flattened tensor to boxes of the tensor, and between boxes: pure arithmetic.
+"""From an interval of a flattened tensor to boxes of the tensor: pure arithmetic.
 
 A rank owns an interval of each flattened parameter. What is stored and what another mesh asks for
 are boxes (a range along every dim), which a file of N-d tensors can hold and slice.
@@ -10,6 +10,7 @@ are boxes (a range along every dim), which a file of N-d tensors can hold and sl
 Each box made here is one stretch of the flattened tensor, so its elements keep their order.
 """
 
+from itertools import combinations, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -74,9 +75,7 @@ def intersect(left: Box, right: Box) -> Box | None:
     offsets = tuple(map(max, left.offsets, right.offsets))
     ends = tuple(
         min(a + m, b + n)
-        for a, m, b, n in zip(
-            left.offsets, left.extents, right.offsets, right.extents, strict=True
-        )
+        for a, m, b, n in zip(left.offsets, left.extents, right.offsets, right.extents, strict=True)
     )
     extents = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
     if any(extent <= 0 for extent in extents):
@@ -106,13 +105,30 @@ def cover_error(shape: tuple[int, ...], pieces: tuple[Box, ...]) -> str | None:
         )
         if not fits:
             return f"{piece} does not fit in shape {shape}"
-    ordered = sorted(pieces)
-    for index, piece in enumerate(ordered):
-        for later in ordered[index + 1 :]:
-            # Sorted by the first offset: nothing further on can reach back into this piece.
-            if shape and later.offsets[0] >= piece.offsets[0] + piece.extents[0]:
-                break
-            if intersect(piece, later) is not None:
-                return f"{piece} and {later} overlap"
+    clash = _overlap(shape, pieces)
+    if clash is not None:
+        return f"{clash[0]} and {clash[1]} overlap"
     missing = prod(shape) - sum(piece.numel for piece in pieces)
     return f"{missing} of {prod(shape)} elements are missing" if missing else None
+
+
+def is_stretch(shape: tuple[int, ...], box: Box) -> bool:
+    """Whether the box's elements are consecutive in the flattened tensor."""
+    return len(boxes(shape, flat_start(shape, box), box.numel)) == 1
+
+
+def _overlap(shape: tuple[int, ...], pieces: tuple[Box, ...]) -> tuple[Box, Box] | None:
+    """Two pieces with a common element, if there are any."""
+    if all(is_stretch(shape, piece) for piece in pieces):
+        # The common case, and the one with thousands of pieces: neighbours are all that can clash.
+        ordered = sorted(pieces, key=lambda piece: flat_start(shape, piece))
+        return next(
+            (
+                (left, right)
+                for left, right in pairwise(ordered)
+                if flat_start(shape, left) + left.numel > flat_start(shape, right)
+            ),
+            None,
+        )
+    pairs = combinations(pieces, 2)
+    return next((pair for pair in pairs if intersect(*pair) is not None), None)

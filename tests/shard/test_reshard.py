@@ -1,5 +1,6 @@
 """Intervals and boxes against index arithmetic on real tensors."""
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -41,7 +42,9 @@ def test_each_box_is_one_stretch(case: tuple[tuple[int, ...], int, int]) -> None
 
 
 @given(SHAPES, st.data())
-def test_intersection_holds_the_common_elements(shape: tuple[int, ...], data: st.DataObject) -> None:
+def test_intersection_holds_the_common_elements(
+    shape: tuple[int, ...], data: st.DataObject
+) -> None:
     tensor = torch.arange(prod(shape)).reshape(shape)
 
     def draw_box() -> Box:
@@ -65,9 +68,7 @@ def test_cut_intervals_cover_exactly_once(shape: tuple[int, ...], data: st.DataO
     cuts = sorted(data.draw(st.lists(st.integers(0, prod(shape)), max_size=4)))
     edges = [0, *cuts, prod(shape)]
     pieces = tuple(
-        box
-        for begin, end in zip(edges, edges[1:], strict=False)
-        for box in boxes(shape, begin, end - begin)
+        box for begin, end in pairwise(edges) for box in boxes(shape, begin, end - begin)
     )
     assert cover_error(shape, pieces) is None
     assert "missing" in (cover_error(shape, pieces[1:]) or "")
@@ -86,6 +87,12 @@ def test_tensors_without_elements_have_no_boxes() -> None:
 def test_interval_outside_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[3, 8\) is not within a tensor of shape \(2, 3\)"):
         boxes((2, 3), 3, 5)
+
+
+def test_blocks_that_are_no_stretches_are_checked_too() -> None:
+    left, right = Box((0, 0), (4, 2)), Box((0, 2), (4, 2))
+    assert cover_error((4, 4), (left, right)) is None
+    assert "overlap" in (cover_error((4, 4), (left, Box((0, 1), (4, 2)))) or "")
 
 
 def test_box_outside_is_named() -> None:

@@ -1,0 +1,233 @@
+"""Reading the `hf_speed/` half of a checkpoint from any mesh.
+
+A reader asks for an interval of a flattened tensor; it comes from whichever pieces hold it, through
+memory maps, so nothing but what is asked for is copied.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_speed.checkpoint.manifest import MANIFEST_PATH, Entry, Manifest, Piece, Scalar
+from hf_speed.checkpoint.tensorfile import DTYPE_CODES
+from hf_speed.errors import CheckpointError
+from hf_speed.shard.reshard import Box, boxes, flat_start, intersect
+
+_MAX_OPEN_FILES = 64
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a whole checkpoint.
+
+    Raises:
+        CheckpointError: there is none (an unfinished save, or no checkpoint), it is damaged, or a
+            file that it lists is missing or has another size.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_PATH
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(_why_no_manifest(directory)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    manifest = Manifest.from_json(text, where=str(path))
+    for name, size in manifest.files.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(
+                f"{file} {state}; it holds {_contents(manifest, name)}. The checkpoint is not "
+                f"whole: copy the file again, or use another checkpoint."
+            )
+    return manifest
+
+
+class StateReader:
+    """The training state in a checkpoint. Use as a context manager, or `close()`."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Check that the checkpoint is whole.
+
+        Raises:
+            CheckpointError: see `read_manifest`.
+        """
+        self.directory = Path(directory)
+        self.manifest = read_manifest(directory)
+        self._entries = {(entry.name, entry.kind): entry for entry in self.manifest.entries}
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What the engine said of the run."""
+        return self.manifest.meta
+
+    @property
+    def scalars(self) -> Mapping[str, Mapping[str, Scalar]]:
+        """Parameter name -> kind -> value."""
+        return self.manifest.scalars
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Full shape of every tensor of one kind, by parameter name."""
+        return {entry.name: entry.shape for entry in self.manifest.entries if entry.kind == kind}
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """What is stored for one parameter, sorted; empty where nothing is."""
+        return tuple(entry.kind for entry in self.manifest.entries if entry.name == name)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], *, kind: str) -> None:
+        """Check that the checkpoint is of a model whose `kind` tensors have these names and shapes.
+
+        Raises:
+            CheckpointError: of another model; names the first differences.
+        """
+        stored = self.shapes(kind)
+        absent = sorted(shapes.keys() - stored.keys())
+        extra = sorted(stored.keys() - shapes.keys())
+        differing = [
+            f"{name} is {stored[name]} there and {tuple(shapes[name])} here"
+            for name in sorted(shapes.keys() & stored.keys())
+            if stored[name] != tuple(shapes[name])
+        ]
+        problems = differing[:3]
+        if absent:
+            close = get_close_matches(absent[0], extra, n=1)
+            hint = f" (nearest there: {close[0]})" if close else ""
+            problems.append(f"{len(absent)} are not there, first {absent[0]}{hint}")
+        if extra:
+            problems.append(f"{len(extra)} are only there, first {extra[0]}")
+        if problems:
+            raise CheckpointError(
+                f"{self.directory / MANIFEST_PATH} is of another model. Of its {len(stored)} "
+                f"{kind} tensors: {'; '.join(problems)}. Resume with the model and the trainable "
+                f"parameters that it was saved from."
+            )
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor | None:
+        """[start, start + numel) of the flattened tensor, on the CPU, in the stored dtype.
+
+        Returns:
+            (numel,), owned by the caller; None where nothing is stored under this name and kind.
+
+        Raises:
+            CheckpointError: the interval is not within the stored tensor, or a file is damaged.
+        """
+        entry = self._entries.get((name, kind))
+        if entry is None:
+            return None
+        try:
+            wanted = boxes(entry.shape, start, numel)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.directory / MANIFEST_PATH} is of another model: the {entry.label}: {error}"
+            ) from error
+        out = torch.empty(numel, dtype=entry.dtype)
+        for box in wanted:
+            first = flat_start(entry.shape, box) - start
+            view = out[first : first + box.numel].view(box.extents)
+            self._fill(view, box, entry)
+        return out
+
+    def local(self, rank: int) -> dict[str, Tensor]:
+        """The tensors that `rank` stored for itself; empty where it stored none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        file = self.manifest.local.get(rank)
+        if file is None:
+            return {}
+        handle = self._handle(file, f"what rank {rank} stored for itself")
+        return {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._open.clear()
+
+    def __enter__(self) -> Self:
+        """Nothing to do: files are opened as they are needed."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _fill(self, view: Tensor, wanted: Box, entry: Entry) -> None:
+        """Copy the box `wanted` of the entry from its pieces into `view`."""
+        for piece in entry.pieces:
+            common = intersect(wanted, piece.box)
+            if common is not None:
+                value = self._slice(piece, common, entry)
+                view[common.slices(wanted.offsets)].copy_(value)
+
+    def _slice(self, piece: Piece, box: Box, entry: Entry) -> Tensor:
+        handle = self._handle(piece.file, f"the {entry.label}")
+        path = self.directory / piece.file
+        try:
+            stored = handle.get_slice(piece.key)
+            shape, code = tuple(stored.get_shape()), stored.get_dtype()
+            if shape != piece.extents or code != DTYPE_CODES[entry.dtype]:
+                raise CheckpointError(
+                    f"{path} holds the {entry.label} as {shape} {code}; the manifest says "
+                    f"{piece.extents} {DTYPE_CODES[entry.dtype]}."
+                )
+            # safetensors cannot slice a 0-d tensor.
+            return stored[box.slices(piece.offsets)] if shape else handle.get_tensor(piece.key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} lacks the {entry.label}: {error}.") from error
+
+    def _handle(self, file: str, holds: str) -> Any:
+        """An open file; the least recently used is closed when there are many."""
+        if file not in self._open:
+            path = self.directory / file
+            try:
+                self._open[file] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} cannot be opened: {error}; it holds {holds}."
+                ) from error
+            if len(self._open) > _MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(file)
+        return self._open[file]
+
+
+def _why_no_manifest(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} is not a directory, so there is no checkpoint to read."
+    if (directory / MANIFEST_PATH).parent.is_dir():
+        return (
+            f"{directory} was not saved to the end: {MANIFEST_PATH}, which is written last, is not "
+            f"there. Use an earlier checkpoint."
+        )
+    return (
+        f"{directory} holds no hf_speed training state ({MANIFEST_PATH} is not there): it is a "
+        f"model, not a checkpoint to resume from, or was saved by another backend."
+    )
+
+
+def _contents(manifest: Manifest, file: str) -> str:
+    """What a file holds, for messages."""
+    labels = [
+        entry.label
+        for entry in manifest.entries
+        if any(piece.file == file for piece in entry.pieces)
+    ]
+    if labels:
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        return f"the {labels[0]}{more}"
+    ranks = [rank for rank, path in manifest.local.items() if path == file]
+    return f"what rank {ranks[0]} stored for itself" if ranks else "weights of the model"

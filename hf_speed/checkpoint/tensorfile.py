@@ -1,0 +1,193 @@
+"""Writing one safetensors file tensor by tensor, in any order, without holding it in memory.
+
+The shapes are known before the values, so the header goes first and each value to its own offset.
+(safetensors' own `save_file` wants every tensor of the file alive at once and keeps the GIL.)
+
+Format: https://huggingface.co/docs/safetensors: 8 bytes of header length, a JSON header, the data.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_speed.errors import CheckpointError
+
+DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls each dtype."""
+
+DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+_WRITE_BYTES = 1 << 30
+"""Linux writes at most 2 GiB per call."""
+
+
+class TensorSpec(NamedTuple):
+    """What is known of a tensor before its value."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data in a file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """An open safetensors file that waits for its values. Not for use by two threads at once."""
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+        """Create `path` and write the header.
+
+        Raises:
+            CheckpointError: a dtype that safetensors has no name for.
+            OSError: the file cannot be created or written.
+        """
+        # Wide dtypes first: then every tensor is aligned to its own dtype, as readers that map the
+        # file want.
+        self.path = path
+        ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+        self._specs = {spec.name: spec for spec in ordered}
+        self._missing = set(self._specs)
+        header, self._offsets = _header(ordered)
+        self.nbytes = len(header) + sum(spec.nbytes for spec in ordered)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            self._write_at(0, memoryview(header))
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    @property
+    def is_full(self) -> bool:
+        """True when every value has been written."""
+        return not self._missing
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Write one value, a CPU tensor of the shape and dtype that were announced.
+
+        Raises:
+            CheckpointError: not announced, or another shape or dtype.
+            OSError: the disk is full, or fails.
+        """
+        spec = self._specs.get(name)
+        if spec is None or (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype):
+            raise CheckpointError(
+                f"{self.path.name} expects {spec} where {name} of shape {tuple(value.shape)} and "
+                f"dtype {value.dtype} came."
+            )
+        if spec.nbytes:
+            flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+            self._write_at(self._offsets[name], memoryview(flat.numpy()))
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Force the file to disk and close it.
+
+        Raises:
+            CheckpointError: some values were never written.
+            OSError: the disk fails.
+        """
+        try:
+            if self._missing:
+                raise CheckpointError(
+                    f"{self.path.name} was closed without {sorted(self._missing)[:5]}."
+                )
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Close without waiting for the disk; the file is of no use."""
+        os.close(self._descriptor)
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        while data:
+            done = os.pwrite(self._descriptor, data[:_WRITE_BYTES], offset)
+            offset += done
+            data = data[done:]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a whole safetensors file, forced to disk; tensors may be on any device."""
+    specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
+    file = TensorFile(path, specs)
+    try:
+        for name, value in tensors.items():
+            file.write(name, value.cpu())
+    except BaseException:
+        file.abandon()
+        raise
+    file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, forced to disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Force renames and removals within a directory to disk."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file that others have written to disk."""
+    _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _header(specs: list[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data, and where each tensor begins in the file."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    begins = {}
+    for spec in specs:
+        if spec.dtype not in DTYPE_CODES:
+            raise CheckpointError(
+                f"{spec.name} has dtype {spec.dtype}, which safetensors cannot hold."
+            )
+        table[spec.name] = {
+            "dtype": DTYPE_CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [begin, begin + spec.nbytes],
+        }
+        begins[spec.name] = begin
+        begin += spec.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + offset for name, offset in begins.items()}

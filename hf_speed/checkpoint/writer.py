@@ -1,0 +1,240 @@
+"""Writing the `hf_speed/` half of a checkpoint: every rank its own pieces, the manifest last.
+
+    hf_speed/state-001-rank00000-00000.safetensors     pieces of masters, moments, ...
+    hf_speed/local-001-rank00000.safetensors           this rank's own tensors: RNG
+    hf_speed/manifest.json                             what is where; names the save 001
+
+A save numbers its files anew, so those of the save before stay as they are until the rename of the
+manifest, which is the one moment at which the new save takes its place.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import hf_speed
+from hf_speed.checkpoint.manifest import (
+    MANIFEST_PATH,
+    STATE_DIRECTORY,
+    Entry,
+    Manifest,
+    Piece,
+    Scalar,
+    dump_json,
+    entry_from_json,
+    entry_to_json,
+    load_json,
+    merge_entries,
+)
+from hf_speed.checkpoint.staging import agreed, check_visible, publish, staged
+from hf_speed.checkpoint.tensorfile import sync_directory, write_tensors, write_text
+from hf_speed.errors import CheckpointError
+from hf_speed.mesh import AxisGroup
+from hf_speed.shard.reshard import boxes, flat_start
+
+STAGING_NAME = ".staging"
+GIB = 1 << 30
+
+_OWN_FILE = re.compile(r"(state|local)-(\d+)-rank\d+(-\d+)?\.safetensors")
+
+
+class LocalState(NamedTuple):
+    """What this rank holds of one state tensor.
+
+    Attributes:
+        name: fully qualified name of the parameter.
+        kind: "master", "exp_avg", ...
+        shape: of the full tensor.
+        start: first element held, counted from the start of the flattened full tensor.
+        numel: number of elements held.
+        value: (numel,), on any device.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    value: Tensor
+
+
+def write_states(
+    directory: str | Path,
+    states: Iterable[LocalState],
+    meta: Mapping[str, Any],
+    *,
+    world: AxisGroup,
+    scalars: Mapping[str, Mapping[str, Scalar]] | None = None,
+    local: Mapping[str, Tensor] | None = None,
+    max_shard_bytes: int = 5 * GIB,
+) -> None:
+    """Write what a Hub model has no place for, as `directory`/hf_speed.
+
+    Collective: every rank of `world` calls it. Three object all-gathers. The model's files in
+    `directory` are listed in the manifest with their sizes, so save the model first.
+
+    Args:
+        directory: the checkpoint, on storage that all ranks share.
+        states: this rank's intervals; over all ranks each state tensor exactly once. Consumed
+            without collectives; values may be made as they are asked for, and at most
+            `max_shard_bytes` of them (or one) are alive at once.
+        meta: JSON of the run as a whole, taken from rank 0.
+        world: the ranks that write.
+        scalars: parameter name -> kind -> value, e.g. {"lm_head.weight": {"step": 7.0}}; of the
+            parameters that this rank knows. Ranks that know one parameter must agree.
+        local: this rank's own tensors, e.g. {"cpu_rng": uint8}.
+        max_shard_bytes: size of a state file; a larger state gets one of its own.
+
+    Raises:
+        CheckpointError: on every rank; a rank could not write, or the states leave gaps, overlap or
+            contradict each other. What was saved before is untouched.
+    """
+    directory = Path(directory)
+    home = directory / STATE_DIRECTORY
+    staging = home / STAGING_NAME
+    what = f"Saving the training state to {home}"
+    with staged(staging, world, what):
+        with agreed(world, what):
+            part = _stage_states(staging, states, world.rank, max_shard_bytes)
+            local_name = None
+            if local is not None:
+                local_name = f"local-rank{world.rank:05d}.safetensors"
+                write_tensors(staging / local_name, local)
+            body = {
+                "entries": [entry_to_json(entry) for entry in part],
+                "scalars": scalars or {},
+                "local": local_name,
+            }
+            write_text(staging / _part_name(world.rank), dump_json(body, "Optimizer scalars"))
+        with agreed(world, what):
+            if world.rank == 0:
+                _commit(directory, staging, meta, world.size)
+
+
+def _stage_states(
+    staging: Path, states: Iterable[LocalState], rank: int, max_shard_bytes: int
+) -> list[Entry]:
+    """Write this rank's pieces into files of at most max_shard_bytes; where each of them is."""
+    entries: list[Entry] = []
+    pending: dict[str, Tensor] = {}
+    nbytes = num_files = 0
+
+    def file_name() -> str:
+        return f"state-rank{rank:05d}-{num_files:05d}.safetensors"
+
+    for state in states:
+        if pending and nbytes + state.value.nbytes > max_shard_bytes:
+            write_tensors(staging / file_name(), pending)
+            pending, nbytes, num_files = {}, 0, num_files + 1
+        tensors, entry = _cut(state, file_name())
+        if tensors.keys() & pending.keys():
+            raise CheckpointError(f"Rank {rank} holds the same piece of the {entry.label} twice.")
+        pending |= tensors
+        nbytes += state.value.nbytes
+        entries.append(entry)
+    if pending:
+        write_tensors(staging / file_name(), pending)
+    return entries
+
+
+def _cut(state: LocalState, file: str) -> tuple[dict[str, Tensor], Entry]:
+    """The boxes of one interval, as views, and the record of them."""
+    label = f"{state.kind} of {state.name}"
+    if state.value.dim() != 1 or state.value.numel() != state.numel:
+        raise CheckpointError(
+            f"The {label} has a value of shape {tuple(state.value.shape)}, not ({state.numel},)."
+        )
+    try:
+        found = boxes(tuple(state.shape), state.start, state.numel)
+    except ValueError as error:
+        raise CheckpointError(f"The {label} does not fit: {error}") from error
+    tensors = {}
+    pieces = []
+    for box in found:
+        first = flat_start(tuple(state.shape), box)
+        key = f"{state.kind}/{state.name}@{first}"
+        here = first - state.start
+        tensors[key] = state.value[here : here + box.numel].reshape(box.extents)
+        pieces.append(Piece(file, key, *box))
+    entry = Entry(state.name, state.kind, tuple(state.shape), state.value.dtype, tuple(pieces))
+    return tensors, entry
+
+
+def _commit(directory: Path, staging: Path, meta: Mapping[str, Any], world_size: int) -> None:
+    """On rank 0: join the ranks' parts, publish the files, then the manifest, then clear up."""
+    home = directory / STATE_DIRECTORY
+    where = str(home)
+    save = 1 + max((int(match[2]) for match in _own_files(home).values()), default=0)
+    entries: list[Entry] = []
+    scalars: dict[str, dict[str, Scalar]] = {}
+    local: dict[int, str] = {}
+    moves: dict[str, str] = {}
+    for rank in range(world_size):
+        check_visible(staging, [_part_name(rank)])
+        part = load_json((staging / _part_name(rank)).read_text(encoding="utf-8"), where)
+        for value in part["entries"]:
+            entry = entry_from_json(value, where=where)
+            final = [_numbered(piece.file, save) for piece in entry.pieces]
+            moves |= {piece.file: name for piece, name in zip(entry.pieces, final, strict=True)}
+            pieces = tuple(
+                piece._replace(file=f"{STATE_DIRECTORY}/{name}")
+                for piece, name in zip(entry.pieces, final, strict=True)
+            )
+            entries.append(entry._replace(pieces=pieces))
+        _merge_scalars(scalars, part["scalars"], rank)
+        if part["local"] is not None:
+            moves[part["local"]] = _numbered(part["local"], save)
+            local[rank] = f"{STATE_DIRECTORY}/{moves[part['local']]}"
+    check_visible(staging, moves)
+    files = {path.name: path.stat().st_size for path in _model_files(directory)}
+    for staged_name, final_name in moves.items():
+        files[f"{STATE_DIRECTORY}/{final_name}"] = (staging / staged_name).stat().st_size
+    merged = merge_entries(entries, where=where)
+    manifest = Manifest(
+        world_size, meta, scalars, files, merged, local, package_version=hf_speed.__version__
+    )
+    manifest.check(where)
+    write_text(staging / "manifest.json", manifest.to_json() + "\n")
+    publish(staging, home, moves)
+    (staging / "manifest.json").replace(directory / MANIFEST_PATH)
+    sync_directory(home)
+    for path, match in _own_files(home).items():
+        if int(match[2]) != save:
+            path.unlink()
+
+
+def _merge_scalars(
+    into: dict[str, dict[str, Scalar]], part: Mapping[str, Mapping[str, Scalar]], rank: int
+) -> None:
+    for name, kinds in part.items():
+        known = into.setdefault(name, {})
+        for kind, value in kinds.items():
+            if known.setdefault(kind, value) != value:
+                raise CheckpointError(
+                    f"Rank {rank} has {kind}={value} for {name} where another has {known[kind]}."
+                )
+
+
+def _part_name(rank: int) -> str:
+    return f"part-rank{rank:05d}.json"
+
+
+def _numbered(staged_name: str, save: int) -> str:
+    """A staged name with the number of the save: state-rank00000 -> state-003-rank00000."""
+    kind, rest = staged_name.split("-", 1)
+    return f"{kind}-{save:03d}-{rest}"
+
+
+def _own_files(home: Path) -> dict[Path, re.Match[str]]:
+    """The state files of all saves in a directory."""
+    matches = ((path, _OWN_FILE.fullmatch(path.name)) for path in home.iterdir())
+    return {path: match for path, match in matches if match is not None}
+
+
+def _model_files(directory: Path) -> list[Path]:
+    """The weights that a Hub model or adapter consists of."""
+    patterns = ("*.safetensors", "*.safetensors.index.json")
+    return sorted(path for pattern in patterns for path in directory.glob(pattern))

@@ -81,7 +81,7 @@ def check_visible(staging: Path, names: Iterable[str]) -> None:
 
 
 def publish(staging: Path, directory: Path, names: Mapping[str, str]) -> None:
-    """Rename files of `staging` into `directory`, staged name to final name, and force it to disk."""
+    """Rename files of `staging` into `directory`, staged to final name, and force it to disk."""
     for name, final in names.items():
         (staging / name).replace(directory / final)
     sync_directory(directory)

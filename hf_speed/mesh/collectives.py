@@ -21,6 +21,11 @@ from hf_speed.mesh.axes import AxisGroup
 from hf_speed.mesh.journal import Journal
 
 
+# torch 2.13 renamed them and warns at the old names, which are the only ones in 2.11.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class Pending:
     """A started collective. `wait()` finishes it and returns its result; call it once or more."""
 
@@ -86,7 +91,7 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
     )
     work = guard(
         what,
-        lambda: dist.all_gather_into_tensor(full, mine, group=group.group, async_op=True),
+        lambda: _ALL_GATHER(full, mine, group=group.group, async_op=True),
     )
     return Pending(work, lambda: full, what=what)
 
@@ -94,15 +99,16 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
 def reduce_scatter_flat(
     send: Tensor, *, group: AxisGroup, journal: Journal, receive: Tensor | None = None
 ) -> Pending:
-    """Sum `send` over `group` and keep this rank's slice.
+    """Bring together the shares of this rank's slice of the sum of `send` over `group`.
 
     Args:
         send: (group.size * n,) contiguous, any float dtype; must not be written before `wait()`.
         receive: (group.size * n,) scratch of the same dtype; made here if None.
 
     Returns:
-        Pending of (n,) fp32 (send itself, unsummed and in its own dtype, where size is 1).
-        One reduce-scatter of send.nbytes: (size - 1) / size of it is sent.
+        Pending of (m, n) in send.dtype, whose sum over the first dim is this rank's slice: see
+        `sum_parts`. m is group.size, or 1 where the backend has summed. One reduce-scatter of
+        send.nbytes: (size - 1) / size of it is sent.
 
     Raises:
         MeshError: send.numel() is not a multiple of group.size.
@@ -110,7 +116,7 @@ def reduce_scatter_flat(
     """
     what = f"reduce_scatter of {send.nbytes} bytes over {group.label}"
     if group.is_identity:
-        return Pending(None, lambda: send, what=what)
+        return Pending(None, lambda: send.view(1, -1), what=what)
     part = _part_numel(send, group)
     sent = part * send.element_size() * (group.size - 1)
     journal.note("reduce_scatter", group, num_bytes=send.nbytes, sent=sent)
@@ -118,39 +124,72 @@ def reduce_scatter_flat(
         mine = send.new_empty(part)
         work = guard(
             what,
-            lambda: dist.reduce_scatter_tensor(mine, send, group=group.group, async_op=True),
+            lambda: _REDUCE_SCATTER(mine, send, group=group.group, async_op=True),
         )
-        return Pending(work, lambda: mine, what=what)
+        return Pending(work, lambda: mine.view(1, part), what=what)
     received = torch.empty_like(send) if receive is None else receive
     work = guard(
         what, lambda: dist.all_to_all_single(received, send, group=group.group, async_op=True)
     )
-    return Pending(work, lambda: sum_parts(received.view(group.size, part)), what=what)
+    return Pending(work, lambda: received.view(group.size, part), what=what)
 
 
-def sum_parts(parts: Tensor) -> Tensor:
-    """Sum (N, n) over its first dim in fp32 and in rank order; returns (n,) fp32, may alias parts[0]."""
-    total = parts[0] if parts.dtype == torch.float32 else parts[0].float()
-    for part in parts[1:]:
-        total.add_(part)
-    return total
+def sum_parts(parts: Tensor, *, out: Tensor, accumulate: bool, scale: float) -> None:
+    """`out` = (or, with `accumulate`, +=) scale * sum of `parts` over its first dim.
 
-
-def all_reduce_flat(send: Tensor, *, group: AxisGroup, journal: Journal) -> Tensor:
-    """Sum `send` over `group`: reduce-scatter, then all-gather, 2 (N-1)/N of send.nbytes.
+    The sum is taken in fp32 and in rank order, whatever the dtypes.
 
     Args:
-        send: (group.size * n,) contiguous; overwritten with the sum, rounded to its dtype.
+        parts: (m, n).
+        out: (n,).
+    """
+    if out.dtype != torch.float32:
+        total = torch.empty_like(out, dtype=torch.float32)
+        sum_parts(parts, out=total, accumulate=False, scale=scale)
+        out.add_(total) if accumulate else out.copy_(total)
+        return
+    rest = list(parts)
+    if not accumulate:
+        if len(rest) > 1 and parts.dtype == torch.float32 and scale == 1.0:
+            torch.add(rest.pop(0), rest.pop(0), out=out)
+        else:
+            out.copy_(rest.pop(0))
+            if scale != 1.0:
+                out.mul_(scale)
+    for part in rest:
+        out.add_(part, alpha=scale)
+
+
+def all_reduce_flat(send: Tensor, *, group: AxisGroup, journal: Journal) -> Pending:
+    """Sum `send` over `group` in place: 2 (N-1)/N of send.nbytes.
+
+    fp32 buffers use the backend's all-reduce. 16-bit ones are summed in fp32 on the rank that owns
+    a slice, then gathered, rounded once to their dtype.
+
+    Args:
+        send: (group.size * n,) contiguous; overwritten with the sum.
 
     Returns:
-        `send`. Blocks until done.
+        Pending of `send`.
     """
+    what = f"all_reduce of {send.nbytes} bytes over {group.label}"
     if group.is_identity:
-        return send
+        return Pending(None, lambda: send, what=what)
     part = _part_numel(send, group)
-    mine = reduce_scatter_flat(send, group=group, journal=journal).wait()
-    send[group.rank * part : (group.rank + 1) * part].copy_(mine)
-    return all_gather_flat(send, group=group, journal=journal).wait()
+    if send.dtype == torch.float32:
+        sent = 2 * part * send.element_size() * (group.size - 1)
+        journal.note("all_reduce", group, num_bytes=send.nbytes, sent=sent)
+        work = guard(what, lambda: dist.all_reduce(send, group=group.group, async_op=True))
+        return Pending(work, lambda: send, what=what)
+    shares = reduce_scatter_flat(send, group=group, journal=journal)
+
+    def finish() -> Tensor:
+        mine = torch.empty(part, dtype=torch.float32, device=send.device)
+        sum_parts(shares.wait(), out=mine, accumulate=False, scale=1.0)
+        send[group.rank * part : (group.rank + 1) * part].copy_(mine)
+        return all_gather_flat(send, group=group, journal=journal).wait()
+
+    return Pending(None, finish, what=what)
 
 
 def all_reduce_small(

@@ -1,0 +1,217 @@
+"""Whole parameters, gradients and optimizer states by name, of an engine whose parts are spread.
+
+Everything here is collective: every rank calls it with the same names in the same order.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_speed.engine.assemble import Parts
+from hf_speed.errors import EngineError
+from hf_speed.mesh.collectives import all_gather_flat, broadcast_flat
+from hf_speed.shard.layout import Slot
+from hf_speed.zero.gather import Unit
+from hf_speed.zero.group import FlatGroup
+from hf_speed.zero.states import set_parts, whole_tensor
+
+
+class Location(NamedTuple):
+    """Where a parameter stands."""
+
+    unit: Unit
+    group: FlatGroup
+    slot: Slot
+
+
+class Access:
+    """Reads and writes whole tensors of an engine's model by name."""
+
+    def __init__(self, parts: Parts, model: nn.Module) -> None:
+        self._parts = parts
+        self._model = model
+        self._locations = {
+            slot.name: Location(unit, group, slot)
+            for unit in parts.units
+            for group in unit.groups
+            for slot in group.layout.slots
+        }
+        first_name = {
+            id(entry.parameter): entry.name for group in parts.groups for entry in group.entries
+        }
+        self._aliases = {
+            name: first_name[id(parameter)]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if id(parameter) in first_name
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Every parameter once, in the order of `model.named_parameters()`."""
+        return list(dict.fromkeys(self._aliases.values()))
+
+    def locate(self, name: str) -> Location:
+        """Find a parameter by any of its names.
+
+        Raises:
+            EngineError: the model has no such parameter; names the nearest.
+        """
+        found = self._locations.get(self._aliases.get(name, name))
+        if found is None:
+            near = get_close_matches(name, self._aliases, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise EngineError(f"{type(self._model).__name__} has no parameter {name!r}.{hint}")
+        return found
+
+    @contextmanager
+    def gathered(self, names: Sequence[str] | None, *, modify: bool) -> Iterator[None]:
+        """Hold the units of the named parameters; see Engine.gathered."""
+        wanted = self.names if names is None else list(names)
+        units = list(dict.fromkeys(self.locate(name).unit for name in wanted))
+        gatherer = self._parts.gatherer
+        gatherer.hold(units)
+        groups = [group for unit in units for group in unit.groups]
+        before = [self._snapshot(group) for group in groups] if modify else []
+        try:
+            yield
+            if modify:
+                for group, old in zip(groups, before, strict=True):
+                    self._keep_changes(group, old)
+        finally:
+            gatherer.let_go(units)
+
+    def _snapshot(self, group: FlatGroup) -> Tensor | None:
+        """This rank's part as it was, where the masters hold more than the working values show."""
+        if group.full is None or group.dtypes.master == group.dtypes.compute:
+            return None
+        return group.part_of(group.full).clone()
+
+    def _keep_changes(self, group: FlatGroup, old: Tensor | None) -> None:
+        if group.full is None:
+            return
+        broadcast_flat(
+            group.full.view(torch.uint8), group=self._parts.mesh.world, journal=self._parts.mesh.journal
+        )
+        new = group.part_of(group.full)
+        if old is None:
+            if new.data_ptr() != group.master.data_ptr():
+                group.master.copy_(new)
+            return
+        changed = new != old
+        group.master[changed] = new[changed].to(group.master.dtype)
+
+    def full_parameters(
+        self, names: Sequence[str] | None, *, master: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters, one flat group in memory at a time; see Engine.full_parameters."""
+        wanted = self.names if names is None else list(names)
+        locations = [(name, self.locate(name)) for name in wanted]
+        held: FlatGroup | None = None
+        full: Tensor | None = None
+        for name, (_, group, slot) in locations:
+            if group is not held or full is None:
+                full = self._full_values(group, master=master)
+                held = group
+            yield name, group.slot_view(full, slot)
+
+    def _full_values(self, group: FlatGroup, *, master: bool) -> Tensor:
+        if group.full is not None and not (master and group.dtypes.master != group.dtypes.compute):
+            return group.full
+        dtype = group.dtypes.master if master else group.dtypes.compute
+        full = torch.empty(group.layout.padded_numel, dtype=dtype, device=group.device)
+        group.part_of(full).copy_(group.master)
+        return all_gather_flat(
+            full, group=group.axes.gather, journal=self._parts.mesh.journal
+        ).wait()
+
+    def parameter(self, name: str) -> Tensor:
+        """A copy of one whole parameter, in master precision."""
+        ((_, value),) = self.full_parameters([name], master=True)
+        return value.clone()
+
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Overwrite one parameter, masters included."""
+        _, group, slot = self.locate(name)
+        if tuple(value.shape) != slot.shape:
+            raise EngineError(
+                f"{name} has shape {slot.shape}, but the new value has {tuple(value.shape)}."
+            )
+        flat = value.detach().reshape(-1)
+        for piece in group.slot_pieces:
+            if group.layout.slots[piece.index] is slot:
+                target = group.master[piece.part_start : piece.part_start + piece.numel]
+                target.copy_(flat[piece.start : piece.start + piece.numel])
+        if group.full is not None:
+            group.slot_view(group.full, slot).copy_(value)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """A copy of one whole gradient as the optimizer will see it; None if no rank has one."""
+        self._parts.stepper.make_ready()
+        _, group, slot = self.locate(name)
+        if not group.trainable:
+            return None
+        value = whole_tensor(
+            group,
+            slot,
+            lambda piece: piece.grad,
+            dtype=group.dtypes.master,
+            journal=self._parts.mesh.journal,
+        )
+        return value
+
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        """Overwrite one gradient, after the backward and before the step."""
+        self._parts.stepper.make_ready()
+        _, group, slot = self.locate(name)
+
+        def grad_of(piece: nn.Parameter) -> Tensor:
+            if piece.grad is None:
+                piece.grad = torch.zeros_like(piece)
+            return piece.grad
+
+        set_parts(group, slot, value, grad_of)
+
+    def optimizer_state(
+        self, name: str, key: str, optimizer: torch.optim.Optimizer
+    ) -> Tensor:
+        """A copy of one whole moment of a parameter, for example key="exp_avg"."""
+        _, group, slot = self.locate(name)
+        self._require_state(name, key, optimizer)
+        return whole_tensor(
+            group,
+            slot,
+            lambda piece: optimizer.state[piece].get(key),
+            dtype=group.dtypes.master,
+            journal=self._parts.mesh.journal,
+        )
+
+    def set_optimizer_state(
+        self, name: str, key: str, value: Tensor, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Overwrite one whole moment of a parameter."""
+        _, group, slot = self.locate(name)
+
+        def state_of(piece: nn.Parameter) -> Tensor:
+            state = optimizer.state[piece]
+            if key not in state:
+                state[key] = torch.zeros_like(piece)
+            return state[key]
+
+        set_parts(group, slot, value, state_of)
+
+    def _require_state(self, name: str, key: str, optimizer: torch.optim.Optimizer) -> None:
+        """Raise on every rank if the optimizer keeps no `key` for the parameters here."""
+        known = {
+            each
+            for group in self._parts.groups
+            for piece in group.pieces
+            for each in optimizer.state.get(piece, {})
+        }
+        if known and key not in known:
+            raise EngineError(
+                f"{type(optimizer).__name__} keeps no {key!r} for {name}; it keeps {sorted(known)}."
+            )

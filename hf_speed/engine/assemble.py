@@ -1,0 +1,262 @@
+"""From a config and a model to the parts of an engine, in one visible order.
+
+    resolve -> mesh -> equal values on all ranks -> units -> flat groups -> gatherer, reducer,
+    stepper -> hooks
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_speed.config import ResolvedConfig, SpeedConfig, resolve
+from hf_speed.engine.estimate import ParameterSize, estimate_states
+from hf_speed.engine.report import device_memory_bytes
+from hf_speed.errors import ConfigError
+from hf_speed.logs import get_logger
+from hf_speed.mesh import Lane, ParallelMesh
+from hf_speed.mesh.axes import IDENTITY
+from hf_speed.mesh.collectives import broadcast_flat
+from hf_speed.mesh.journal import Journal
+from hf_speed.zero.gather import Gatherer, Unit
+from hf_speed.zero.group import Dtypes, FlatGroup, GroupAxes, GroupSpec
+from hf_speed.zero.hooks import UnitHooks
+from hf_speed.zero.parameter import ShardedParameter, released_class
+from hf_speed.zero.pool import BufferPool
+from hf_speed.zero.precision import (
+    LossScaler,
+    PrecisionPlan,
+    fp32_module_names,
+    precision_table,
+)
+from hf_speed.zero.reduce import Reducer
+from hf_speed.zero.step import Stepper
+from hf_speed.zero.units import ParameterEntry, UnitPlan, plan_units
+
+_log = get_logger(__name__)
+
+
+class Parts(NamedTuple):
+    """What an engine is made of."""
+
+    config: ResolvedConfig
+    mesh: ParallelMesh
+    units: list[Unit]
+    groups: list[FlatGroup]
+    pool: BufferPool
+    gatherer: Gatherer
+    reducer: Reducer
+    stepper: Stepper
+    hooks: UnitHooks
+    scaler: LossScaler | None
+
+
+class Callbacks(NamedTuple):
+    """What the parts ask of the engine."""
+
+    is_syncing: Callable[[], bool]
+    on_forward: Callable[[], None]
+    on_backward_end: Callable[[], None]
+
+
+def assemble(
+    model: nn.Module,
+    config: SpeedConfig,
+    *,
+    compute_dtype: torch.dtype | None,
+    device: torch.device,
+    callbacks: Callbacks,
+) -> Parts:
+    """Take `model` over, in place. Collective.
+
+    Raises:
+        ConfigError: the config cannot take effect on this model or world.
+        MeshError: the mesh does not fit the number of processes.
+    """
+    resolved = plan(model, config, compute_dtype=compute_dtype, device=device)
+    mesh = ParallelMesh(
+        {"dp_replicate": resolved.dp_replicate, "dp_shard": resolved.dp_shard},
+        device=device,
+        timeout_s=resolved.timeout_s,
+        journal=Journal(enabled=resolved.journal),
+    )
+    equalise(model, mesh)
+    pool = BufferPool(device)
+    units = _build_units(model, config, resolved, mesh, device=device)
+    groups = [group for unit in units for group in unit.groups]
+    # Gradients become ready from the last unit to the first; the root's (head, then embedding) last.
+    backward = [g for unit in [*units[-2::-1], units[-1]] for g in unit.groups if g.trainable]
+    gatherer = Gatherer(
+        units, pool=pool, journal=mesh.journal, prefetch_units=resolved.prefetch_units
+    )
+    reducer = Reducer(
+        backward, pool=pool, journal=mesh.journal, each_backward=resolved.stage >= 2
+    )
+    scaler = LossScaler(resolved.loss_scale) if resolved.loss_scale is not None else None
+    stepper = Stepper(
+        backward,
+        gatherer=gatherer,
+        reducer=reducer,
+        scaler=scaler,
+        shard_axis=mesh.axis("dp_shard") if resolved.stage else IDENTITY,
+        data_axis=mesh.axis("dp_replicate", "dp_shard"),
+        journal=mesh.journal,
+        device=device,
+    )
+    hooks = UnitHooks(
+        units,
+        gatherer=gatherer,
+        reducer=reducer,
+        regather=resolved.regather,
+        is_syncing=callbacks.is_syncing,
+        on_forward=callbacks.on_forward,
+        on_backward_end=callbacks.on_backward_end,
+    )
+    rows = [(g.name, g.layout.numel, g.dtypes, g.trainable) for g in groups]
+    _log.info(
+        "%s on %d ranks, %d units\n%s\n%s",
+        type(model).__name__,
+        mesh.world_size,
+        len(units),
+        resolved.table(),
+        precision_table(rows),
+    )
+    return Parts(
+        resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler
+    )
+
+
+def plan(
+    model: nn.Module,
+    config: SpeedConfig,
+    *,
+    compute_dtype: torch.dtype | None,
+    device: torch.device,
+) -> ResolvedConfig:
+    """Resolve every AUTO of `config` for this model and world. Pure but for reading the world."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world_size = torch.distributed.get_world_size() if started else 1
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    param_dtype = max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
+    working = compute_dtype or param_dtype
+    sizes = [
+        [
+            ParameterSize(e.parameter.numel(), working.itemsize, e.parameter.requires_grad)
+            for e in unit.entries
+        ]
+        for unit in plan_units(model)
+    ]
+    num_shards = config.mesh.dp_shard or max(1, world_size // config.mesh.dp_replicate)
+    return resolve(
+        config,
+        world_size=world_size,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        state_bytes=[each.total for each in estimate_states(sizes, num_shards=num_shards)],
+        memory_bytes=device_memory_bytes(device),
+    )
+
+
+def equalise(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Give every rank the values of rank 0, as DDP does. One broadcast per parameter and buffer."""
+    world = mesh.world
+    if world.is_identity:
+        return
+    for value in (*model.parameters(), *model.buffers()):
+        if not value.is_meta and value.numel():
+            _broadcast_value(value.detach(), mesh)
+
+
+def _broadcast_value(value: Tensor, mesh: ParallelMesh) -> None:
+    # Bytes, so that dtypes that a backend does not know travel too.
+    flat = value.contiguous().to(mesh.device).reshape(-1)
+    broadcast_flat(flat.view(torch.uint8), group=mesh.world, journal=mesh.journal)
+    value.copy_(flat.view(value.shape))
+
+
+def _build_units(
+    model: nn.Module,
+    config: SpeedConfig,
+    resolved: ResolvedConfig,
+    mesh: ParallelMesh,
+    *,
+    device: torch.device,
+) -> list[Unit]:
+    precision = PrecisionPlan(
+        compute=resolved.compute_dtype,
+        master=resolved.master_dtype,
+        wire=resolved.reduce_dtype if config.precision.reduce_dtype is not None else None,
+        accumulate=resolved.accumulate_dtype,
+        keep_fp32=fp32_module_names(model),
+    )
+    axes = _axes(resolved.stage, mesh)
+    plans = plan_units(model, None if resolved.units == "auto" else list(resolved.units))
+    names = {id(entry.parameter): entry.name for each in plans for entry in each.entries}
+    released = released_class(names)
+    units = []
+    for each in plans:
+        groups = [
+            _build_group(spec, axes, resolved.stage, device=device, released=released)
+            for spec in group_specs(each, precision)
+        ]
+        units.append(Unit(each, groups))
+    return units
+
+
+def _axes(stage: int, mesh: ParallelMesh) -> GroupAxes:
+    if stage == 0:
+        replica = mesh.axis("dp_replicate", "dp_shard", lane=Lane.REDUCE)
+        return GroupAxes(IDENTITY, IDENTITY, replica)
+    return GroupAxes(
+        gather=mesh.axis("dp_shard", lane=Lane.GATHER),
+        reduce=mesh.axis("dp_shard", lane=Lane.REDUCE),
+        replica=mesh.axis("dp_replicate", lane=Lane.REDUCE),
+    )
+
+
+def group_specs(unit: UnitPlan, precision: PrecisionPlan) -> list[GroupSpec]:
+    """Divide a unit by dtypes and requires_grad: what is flat must be alike.
+
+    Raises:
+        ConfigError: a trainable parameter of a dtype that cannot have gradients.
+    """
+    divided: dict[tuple[Dtypes, bool], list[ParameterEntry]] = {}
+    for entry in unit.entries:
+        parameter = entry.parameter
+        _check_kind(entry.name, parameter)
+        key = (precision.dtypes_of(entry.name, parameter), parameter.requires_grad)
+        divided.setdefault(key, []).append(entry)
+    label = unit.name or "root"
+    return [
+        GroupSpec(f"{label}[{index}]", tuple(entries), dtypes, trainable)
+        for index, ((dtypes, trainable), entries) in enumerate(divided.items())
+    ]
+
+
+def _check_kind(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, ShardedParameter):
+        raise ConfigError(
+            f"{name} is sharded by another engine already. Call its detach() first, or prepare "
+            f"each model once."
+        )
+    if type(parameter) is not nn.Parameter:
+        raise ConfigError(
+            f"{name} is a {type(parameter).__name__}: hf_speed flattens plain parameters only. "
+            f"Load the model without quantisation and without another library's sharding."
+        )
+
+
+def _build_group(
+    spec: GroupSpec,
+    axes: GroupAxes,
+    stage: int,
+    *,
+    device: torch.device,
+    released: type[ShardedParameter],
+) -> FlatGroup:
+    group = FlatGroup(spec, axes=axes, resident=stage < 3, device=device, released=released)
+    group.adopt()
+    return group

@@ -1,0 +1,123 @@
+"""The user's optimizer while an engine serves it."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_speed.engine.assemble import Parts
+from hf_speed.errors import EngineError
+from hf_speed.zero.elementwise import require_elementwise
+from hf_speed.zero.group import FlatGroup
+from hf_speed.zero.states import tensor_states, whole_tensor
+from hf_speed.zero.step import repoint
+
+
+class OptimizerBinding:
+    """Re-points an optimizer's param_groups at this rank's pieces, and back.
+
+    Raises:
+        ConfigError: the optimizer needs whole tensors and parameters are divided.
+        EngineError: it holds none of the model's parameters.
+    """
+
+    def __init__(self, optimizer: Optimizer, parts: Parts) -> None:
+        self.optimizer = optimizer
+        self._parts = parts
+        self._original = [list(group["params"]) for group in optimizer.param_groups]
+        entries = {id(e.parameter) for group in parts.groups for e in group.entries}
+        if not any(id(each) in entries for params in self._original for each in params):
+            raise EngineError(
+                f"This {type(optimizer).__name__} holds no parameter of the prepared model, so its "
+                f"steps would change nothing. Make it from model.parameters() of the same model."
+            )
+        if any(group.axes.gather.size > 1 for group in parts.groups):
+            require_elementwise(optimizer, stage=parts.config.stage)
+        repoint(optimizer, _pieces_by_parameter(parts.groups))
+        parts.stepper.watch(optimizer)
+
+    def release(self) -> None:
+        """Give the optimizer its whole parameters and whole states back. Collective."""
+        self._parts.stepper.unwatch()
+        for group in self._parts.groups:
+            self._restore_states(group)
+        for group, params in zip(self.optimizer.param_groups, self._original, strict=True):
+            group["params"][:] = params
+
+    def _restore_states(self, group: FlatGroup) -> None:
+        """Turn the states of pieces into states of whole parameters, kind by kind."""
+        kinds = self._kinds()
+        pieces = {
+            slot_piece.index: piece
+            for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True)
+        }
+        if group.whole or not group.trainable:
+            return
+        for index, slot in enumerate(group.layout.slots):
+            parameter = group.entries[index].parameter
+            whole = {
+                kind: whole_tensor(
+                    group,
+                    slot,
+                    lambda piece, kind=kind: tensor_states(self.optimizer, piece).get(kind),
+                    dtype=group.dtypes.master,
+                    journal=self._parts.mesh.journal,
+                )
+                for kind in kinds
+            }
+            scalars = self._scalars(pieces.get(index))
+            if whole or scalars:
+                self.optimizer.state[parameter] = {**scalars, **whole}
+        for piece in group.pieces:
+            self.optimizer.state.pop(piece, None)
+
+    def _kinds(self) -> list[str]:
+        """Kinds of tensor state that any rank keeps, in an order that all ranks share."""
+        mine = {
+            kind
+            for group in self._parts.groups
+            for piece in group.pieces
+            for kind in tensor_states(self.optimizer, piece)
+        }
+        return sorted(_union(mine, self._parts))
+
+    def _scalars(self, piece: nn.Parameter | None) -> dict[str, object]:
+        """Counters of a piece; a rank without one takes them from another of its pieces."""
+        candidates = [piece] if piece is not None else []
+        candidates += [each for group in self._parts.groups for each in group.pieces]
+        for each in candidates:
+            state = self.optimizer.state.get(each, {})
+            scalars = {k: v for k, v in state.items() if not (isinstance(v, Tensor) and v.dim())}
+            if scalars:
+                return {
+                    k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()
+                }
+        return {}
+
+
+def _union(mine: set[str], parts: Parts) -> set[str]:
+    world = parts.mesh.world
+    if world.is_identity:
+        return mine
+    everyone: list[set[str]] = [set() for _ in range(world.size)]
+    torch.distributed.all_gather_object(everyone, mine, group=world.group)
+    return set().union(*everyone)
+
+
+def _pieces_by_parameter(groups: list[FlatGroup]) -> dict[nn.Parameter, list]:
+    """Parameter -> [(piece, function that cuts its part out of a whole tensor)] on this rank."""
+    found: dict[nn.Parameter, list] = {
+        entry.parameter: [] for group in groups if group.trainable for entry in group.entries
+    }
+    for group in groups:
+        for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True):
+            cut = partial(
+                _cut, start=slot_piece.start, numel=slot_piece.numel, shape=tuple(piece.shape)
+            )
+            found[group.entries[slot_piece.index].parameter].append((piece, cut))
+    return found
+
+
+def _cut(whole: Tensor, *, start: int, numel: int, shape: tuple[int, ...]) -> Tensor:
+    return whole.reshape(-1)[start : start + numel].view(shape)

@@ -1,0 +1,378 @@
+"""One run: a model taken over in place, and the verbs that a training loop needs.
+
+    engine = Engine.attach(model, config)     # collective; the model stays the user's object
+    engine.bind_optimizer(optimizer)          # any time before its first step
+    engine.backward(model(**batch).loss)
+    engine.clip_grad_norm_(1.0)
+    optimizer.step(); optimizer.zero_grad()
+    engine.save(directory); engine.load(directory)
+    engine.detach()                           # plain model and optimizer again
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_speed.config import ResolvedConfig, SpeedConfig
+from hf_speed.engine.access import Access
+from hf_speed.engine.assemble import Callbacks, Parts, assemble
+from hf_speed.engine.binding import OptimizerBinding
+from hf_speed.engine.link import attach_link, engine_of, remove_link
+from hf_speed.engine.report import peak_bytes
+from hf_speed.engine.state import load_engine, save_engine
+from hf_speed.errors import EngineError
+from hf_speed.mesh import ParallelMesh
+
+SliceReader = Callable[[str, int, int], Tensor | None]
+"""(name, start, numel) -> [start, start + numel) of the flattened parameter, or None to keep it."""
+
+
+class StepStats(NamedTuple):
+    """What a step cost and where it stands.
+
+    Attributes:
+        grad_norm: global norm before clipping, of the last step that was clipped.
+        loss_scale: 1.0 unless fp16 computes.
+        bytes_sent: by this rank to others since the engine was attached.
+        peak_bytes: highest use of each memory tier by this process.
+    """
+
+    grad_norm: float | None
+    loss_scale: float
+    bytes_sent: int
+    peak_bytes: dict[str, int]
+
+
+class Engine:
+    """ZeRO stages 0 to 3 over one model. Make one with `attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SpeedConfig,
+        *,
+        compute_dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.sync_gradients = True
+        self._config = config
+        self._compute_dtype = compute_dtype
+        self._device = device
+        self._binding: OptimizerBinding | None = None
+        self._gathered_depth = 0
+        self._take_over()
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        config: SpeedConfig,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> "Engine":
+        """Take `model` over, in place. Collective over all started processes.
+
+        Args:
+            model: any module of plain parameters; those on the meta device get memory for this
+                rank's part and no values (see load_parameters).
+            config: what to shard and how.
+            compute_dtype: working parameters are cast to it, except those of modules that the model
+                keeps in fp32; None leaves every parameter its own dtype.
+            device: where parts live; None: where the model is, or the current accelerator for a
+                model on the meta device.
+
+        Raises:
+            ConfigError: the config cannot take effect here.
+            MeshError: the mesh is not the size of the world.
+            EngineError: the model has an engine already.
+        """
+        if engine_of(model) is not None:
+            raise EngineError(
+                f"This {type(model).__name__} has an engine already. Call its detach() first."
+            )
+        chosen = device if device is not None else _device_of(model)
+        return cls(model, config, compute_dtype=compute_dtype, device=chosen)
+
+    def _take_over(self) -> None:
+        callbacks = Callbacks(
+            is_syncing=lambda: self.sync_gradients,
+            on_forward=self._check_in_place,
+            on_backward_end=self._on_backward_end,
+        )
+        self._parts: Parts = assemble(
+            self.model,
+            self._config,
+            compute_dtype=self._compute_dtype,
+            device=self._device,
+            callbacks=callbacks,
+        )
+        self._access = Access(self._parts, self.model)
+        self._link = attach_link(self.model, self)
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """The config with nothing left open."""
+        return self._parts.config
+
+    @property
+    def mesh(self) -> ParallelMesh:
+        """Who talks to whom."""
+        return self._parts.mesh
+
+    @property
+    def parts(self) -> Parts:
+        """What the engine is made of, for the rooms that save and report."""
+        return self._parts
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The user's optimizer, once bound."""
+        return None if self._binding is None else self._binding.optimizer
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Every parameter once, tied ones by their first name."""
+        return self._access.names
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last optimizer step was left out because some rank's gradients overflowed."""
+        return self._parts.stepper.was_skipped
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss in fp16; 1.0 elsewhere."""
+        return 1.0 if self._parts.scaler is None else self._parts.scaler.scale
+
+    def bind_optimizer(self, optimizer: Optimizer) -> None:
+        """Let `optimizer` update this rank's pieces: its param_groups are re-pointed in place.
+
+        Raises:
+            ConfigError: it needs whole tensors and the stage shards them.
+            EngineError: another optimizer is bound.
+        """
+        if self._binding is not None:
+            if self._binding.optimizer is optimizer:
+                return
+            # A second train() brings a new optimizer; the old one gets its parameters back.
+            self._binding.release()
+        self._binding = OptimizerBinding(optimizer, self._parts)
+
+    def release_optimizer(self) -> None:
+        """Give a bound optimizer its whole parameters back. Collective."""
+        if self._binding is not None:
+            self._binding.release()
+            self._binding = None
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - of Tensor.backward
+        """loss.backward(), scaled in fp16."""
+        scaled = loss if self._parts.scaler is None else loss * self.loss_scale
+        scaled.backward(**kwargs)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the global gradient norm; returns the norm before, 0-d fp32. Collective."""
+        return self._parts.stepper.clip_norm(float(max_norm), float(norm_type))
+
+    def clip_grad_value_(self, value: float) -> None:
+        """Clamp every gradient element to [-value, value]. Collective."""
+        self._parts.stepper.clip_value(float(value))
+
+    @contextmanager
+    def gathered(
+        self, names: Sequence[str] | None = None, *, modify: bool = False
+    ) -> Iterator[None]:
+        """Whole parameters inside, wherever their parts live. Collective.
+
+        Args:
+            names: the parameters to hold, or None for all; others of their units come along.
+            modify: keep changes. Rank 0's values count. Inside, modules may be replaced or resized
+                (with names=None): the engine takes the model over anew on leaving.
+        """
+        rebuild = False
+        self._gathered_depth += 1
+        try:
+            with self._access.gathered(names, modify=modify):
+                yield
+                rebuild = modify and self._has_new_structure()
+                if rebuild and self._gathered_depth > 1:
+                    raise EngineError("Resize a model in the outermost gathered(modify=True) only.")
+                if rebuild:
+                    new = self._replacements()
+        finally:
+            self._gathered_depth -= 1
+        if rebuild:
+            self._rebuild(new)
+
+    def _has_new_structure(self) -> bool:
+        known = {id(e.parameter) for group in self._parts.groups for e in group.entries}
+        now = {id(parameter) for parameter in self.model.parameters()}
+        shapes_hold = all(
+            tuple(entry.parameter.shape) == slot.shape
+            for group in self._parts.groups
+            for slot, entry in zip(group.layout.slots, group.entries, strict=True)
+        )
+        return known != now or not shapes_hold
+
+    def _replacements(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(old, new) parameter of every place that holds another one now."""
+        pairs = []
+        for group in self._parts.groups:
+            for entry in group.entries:
+                for place in entry.places:
+                    new = place.module._parameters.get(place.key)
+                    if isinstance(new, nn.Parameter) and new is not entry.parameter:
+                        pairs.append((entry.parameter, new))
+        named = dict(self.model.named_parameters())
+        for group in self._parts.groups:
+            for entry in group.entries:
+                new = named.get(entry.name)
+                if new is not None and new is not entry.parameter:
+                    pairs.append((entry.parameter, new))
+        return pairs
+
+    def _rebuild(self, replaced: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Take a model of another structure over: back to plain, then attach again."""
+        optimizer = self.optimizer
+        self.detach()
+        if optimizer is not None:
+            new_of = {id(old): new for old, new in replaced}
+            for group in optimizer.param_groups:
+                group["params"][:] = [new_of.get(id(each), each) for each in group["params"]]
+            for old, _ in replaced:
+                optimizer.state.pop(old, None)
+        self._take_over()
+        if optimizer is not None:
+            self.bind_optimizer(optimizer)
+
+    def full_parameters(
+        self, names: Sequence[str] | None = None, *, master: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters in model order, one unit in memory at a time. Collective.
+
+        Every rank iterates to the end. A value is valid until the next one is asked for.
+
+        Args:
+            names: which; None is all.
+            master: in the precision that the optimizer updates, where that is higher.
+        """
+        return self._access.full_parameters(names, master=master)
+
+    def load_parameters(self, read: SliceReader) -> None:
+        """Fill parameters, masters included, from slices. Each rank reads only what it holds.
+
+        At stages 0 to 2 every rank reads every parameter whole. No collective.
+        """
+        for group in self._parts.groups:
+            if group.full is not None:
+                for slot in group.layout.slots:
+                    value = read(slot.name, 0, slot.numel)
+                    if value is not None:
+                        group.full[slot.start : slot.start + slot.numel].copy_(value)
+                        self._load_master(group, slot.name, value)
+                continue
+            for piece in group.slot_pieces:
+                value = read(group.layout.slots[piece.index].name, piece.start, piece.numel)
+                if value is not None:
+                    group.master[piece.part_start : piece.part_start + piece.numel].copy_(value)
+        self._parts.gatherer.invalidate()
+
+    def _load_master(self, group: Any, name: str, value: Tensor) -> None:  # noqa: ANN401
+        for piece in group.slot_pieces:
+            if group.layout.slots[piece.index].name == name:
+                part = value[piece.start : piece.start + piece.numel]
+                group.master[piece.part_start : piece.part_start + piece.numel].copy_(part)
+
+    def load_full_parameters(self, source: Callable[[str], Tensor | None]) -> None:
+        """Fill parameters from whole tensors; `source` returns None to keep one. No collective."""
+
+        def read(name: str, start: int, numel: int) -> Tensor | None:
+            value = source(name)
+            return None if value is None else value.reshape(-1)[start : start + numel]
+
+        self.load_parameters(read)
+
+    def get_full_parameter(self, name: str) -> Tensor:
+        """A copy of one whole parameter, in master precision. Collective."""
+        return self._access.parameter(name)
+
+    def set_full_parameter(self, name: str, value: Tensor) -> None:
+        """Overwrite one parameter with the same value on every rank."""
+        self._access.set_parameter(name, value)
+
+    def get_full_grad(self, name: str) -> Tensor | None:
+        """A copy of one whole gradient: the mean over ranks, unscaled. Collective."""
+        return self._access.gradient(name)
+
+    def set_full_grad(self, name: str, value: Tensor) -> None:
+        """Overwrite one whole gradient, between the backward and the step. Collective."""
+        self._access.set_gradient(name, value)
+
+    def get_full_optimizer_state(self, name: str, key: str) -> Tensor:
+        """A copy of one whole optimizer state, for example key="exp_avg". Collective."""
+        return self._access.optimizer_state(name, key, self._require_optimizer())
+
+    def set_full_optimizer_state(self, name: str, key: str, value: Tensor) -> None:
+        """Overwrite one whole optimizer state with the same value on every rank."""
+        self._access.set_optimizer_state(name, key, value, self._require_optimizer())
+
+    def _require_optimizer(self) -> Optimizer:
+        if self.optimizer is None:
+            raise EngineError("No optimizer is bound. Call engine.bind_optimizer(optimizer) first.")
+        return self.optimizer
+
+    def save(self, directory: str) -> None:
+        """Write masters, optimizer state, loss scale and RNG to directory/hf_speed. Collective."""
+        save_engine(self, directory)
+
+    def load(self, directory: str) -> None:
+        """Read what `save` wrote, on any number of ranks and at any stage. Collective.
+
+        The weights are not part of it: load them first, from the Hub files beside it.
+        """
+        load_engine(self, directory)
+
+    def stats(self) -> StepStats:
+        """Figures for logs. No collective."""
+        norm = self._parts.stepper.grad_norm
+        return StepStats(
+            grad_norm=None if norm is None else float(norm),
+            loss_scale=self.loss_scale,
+            bytes_sent=self._parts.mesh.journal.total_bytes_sent,
+            peak_bytes=peak_bytes(self._device),
+        )
+
+    def pinned(self) -> AbstractContextManager[None]:
+        """All parameters whole while inside, for example to generate text. Collective."""
+        return self.gathered()
+
+    def _check_in_place(self) -> None:
+        for group in self._parts.groups:
+            group.check_in_place()
+
+    def _on_backward_end(self) -> None:
+        self._parts.stepper.forget_gradients()
+
+    def detach(self) -> None:
+        """Give model and optimizer back as plain PyTorch objects with whole values. Collective."""
+        self.release_optimizer()
+        for group in self._parts.groups:
+            full = self._access._full_values(group, master=True)
+            group.restore(full)
+        self._parts.hooks.remove()
+        remove_link(self.model, self._link)
+        self._parts.mesh.close()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""ZeRO: gather, reduce, step (arXiv:1910.02054)."""

@@ -1,0 +1,196 @@
+"""The one place where hooks are installed on modules, parameters and autograd.
+
+    forward   enter(unit) -> module computes -> leave(unit)
+    backward  the first gradient of a unit's outputs -> enter(unit); each parameter's gradient ->
+              collect; end of the whole backward -> finish
+
+The outermost module that is called opens the pass: normally the model, or a part of it that the
+user calls on its own. A module that runs again inside a backward is a checkpoint recomputing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum, auto
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
+
+from hf_speed.zero.gather import Gatherer, Order, Unit
+from hf_speed.zero.group import FlatGroup
+from hf_speed.zero.reduce import Reducer
+
+
+class Phase(Enum):
+    """What the engine is in the middle of."""
+
+    IDLE = auto()
+    FORWARD = auto()
+    BACKWARD = auto()
+
+
+class UnitHooks:
+    """Connects the units of a model to a gatherer and a reducer.
+
+    Args:
+        units: all units, in forward order, root last.
+        gatherer: brings values.
+        reducer: takes gradients.
+        regather: release units after the forward and gather them again in the backward.
+        is_syncing: asked at the start of each backward: does it end an accumulation?
+        on_forward: called before the outermost forward of each pass.
+        on_backward_end: called after the gradients of a backward are in place.
+    """
+
+    def __init__(
+        self,
+        units: list[Unit],
+        *,
+        gatherer: Gatherer,
+        reducer: Reducer,
+        regather: bool,
+        is_syncing: Callable[[], bool],
+        on_forward: Callable[[], None],
+        on_backward_end: Callable[[], None],
+    ) -> None:
+        self.phase = Phase.IDLE
+        self._gatherer = gatherer
+        self._reducer = reducer
+        self._regather = regather
+        self._is_syncing = is_syncing
+        self._on_forward = on_forward
+        self._on_backward_end = on_backward_end
+        self._depth = 0
+        self._saving: saved_tensors_hooks | None = None
+        self._last = next((unit for unit in reversed(units) if not unit.is_root), None)
+        self._has_sharded = any(unit.sharded for unit in units)
+        self._handles: list[RemovableHandle] = []
+        for unit in units:
+            self._install(unit)
+
+    def _install(self, unit: Unit) -> None:
+        module = unit.module
+        self._handles.append(
+            module.register_forward_pre_hook(partial(self._before_forward, unit), prepend=True)
+        )
+        self._handles.append(
+            module.register_forward_hook(partial(self._after_forward, unit), always_call=True)
+        )
+        for group in unit.groups:
+            if not (group.trainable and group.travels):
+                continue
+            for index, entry in enumerate(group.entries):
+                hook = partial(self._on_gradient, group, index)
+                self._handles.append(entry.parameter.register_post_accumulate_grad_hook(hook))
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def abandon(self) -> None:
+        """Forget a pass that an exception cut short."""
+        self._close_pass()
+        self.phase = Phase.IDLE
+        self._depth = 0
+
+    def _before_forward(self, unit: Unit, module: nn.Module, args: object) -> None:  # noqa: ARG002
+        if self.phase is Phase.BACKWARD and torch._C._current_graph_task_id() == -1:
+            self.abandon()
+        if self.phase is Phase.BACKWARD:
+            self._gatherer.release_passed(unit)
+            self._gatherer.enter(unit)
+            return
+        if self._depth == 0:
+            self._open_pass(unit)
+        self._depth += 1
+        self._gatherer.enter(unit)
+
+    def _open_pass(self, unit: Unit) -> None:
+        self._on_forward()
+        self.phase = Phase.FORWARD
+        training = unit.module.training and torch.is_grad_enabled()
+        whole = unit.is_root and training
+        self._gatherer.begin(Order.FORWARD if whole else Order.ON_DEMAND)
+        # Checkpointing replaces saved tensors itself; hooks inside its own would hide them from it.
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if self._has_sharded and torch.is_grad_enabled() and outer is None:
+            self._saving = saved_tensors_hooks(self._gatherer.pack, self._gatherer.unpack)
+            self._saving.__enter__()
+
+    def _close_pass(self) -> None:
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.__exit__(None, None, None)
+
+    def _after_forward(
+        self,
+        unit: Unit,
+        module: nn.Module,  # noqa: ARG002
+        args: object,  # noqa: ARG002
+        output: object,
+    ) -> None:
+        if self.phase is Phase.BACKWARD:
+            self._watch_outputs(unit, output)
+            return
+        self._depth -= 1
+        self._watch_outputs(unit, output)
+        # The backward starts with the root and the last unit: releasing them would gather them twice.
+        last = unit.is_root or unit is self._last
+        if not (torch.is_grad_enabled() and (last or not self._regather)):
+            self._gatherer.leave(unit)
+        if self._depth == 0:
+            self._gatherer.finish()
+            self._close_pass()
+            self.phase = Phase.IDLE
+            if not torch.is_grad_enabled():
+                self._gatherer.release_all()
+
+    def _watch_outputs(self, unit: Unit, output: object) -> None:
+        if not torch.is_grad_enabled():
+            return
+        tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        if tensors:
+            register_multi_grad_hook(tensors, partial(self._before_backward, unit), mode="any")
+
+    def _before_backward(self, unit: Unit, gradient: Tensor) -> None:  # noqa: ARG002
+        self._begin_backward()
+        self._gatherer.release_passed(unit)
+        self._gatherer.enter(unit)
+
+    def _begin_backward(self) -> None:
+        if self.phase is Phase.BACKWARD:
+            return
+        self.phase = Phase.BACKWARD
+        self._reducer.begin(sync=self._is_syncing())
+        self._gatherer.begin(Order.BACKWARD)
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _on_gradient(self, group: FlatGroup, index: int, parameter: nn.Parameter) -> None:  # noqa: ARG002
+        self._begin_backward()
+        self._reducer.collect(group, index)
+
+    def _end_backward(self) -> None:
+        self._gatherer.finish()
+        self._gatherer.release_all()
+        self._reducer.finish()
+        self.phase = Phase.IDLE
+        self._on_backward_end()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in a module's output: tuples, lists, mappings (ModelOutput is one)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif hasattr(value, "__dataclass_fields__"):
+        fields: Mapping[str, Any] = vars(value)
+        yield from _tensors(fields)

@@ -1,0 +1,346 @@
+"""From the gradients that autograd leaves on parameters to this rank's part of their mean.
+
+    collect     a gradient arrives: into its slot of the group's send buffer
+    launch      a group is complete and all before it have left: reduce-scatter, in the background
+    settle      the sum has arrived: scaled to the mean, added to `group.grad` in fp32
+    finish      end of the backward: groups that got nothing send zeros, so that the order of
+                collectives is the same on every rank whatever its data used
+
+Stages 2 and 3 reduce in every backward: full gradients never outlive it. Stages 0 and 1 collect
+locally while `sync` is off (no_sync, accumulation) and reduce once.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hf_speed.mesh.collectives import (
+    Pending,
+    all_reduce_flat,
+    reduce_scatter_flat,
+    sum_parts,
+)
+from hf_speed.errors import EngineError
+from hf_speed.mesh.journal import Journal
+from hf_speed.zero.group import FlatGroup
+from hf_speed.zero.pool import BufferPool
+
+MAX_IN_FLIGHT = 2
+"""Reductions under way at once; more would only hold more buffers."""
+
+
+class Collection:
+    """The gradients of one group on their way out.
+
+    Attributes:
+        send: buffer of this backward's gradients, in the wire dtype.
+        arrived: parameters whose gradient this backward has brought.
+        used: parameters that have had a gradient since the last step.
+        local: sum of the backwards that were not reduced, in the accumulation dtype.
+        holds: whether `group.grad` is part of the current sum, or left over from an older one.
+        launched: whether this backward's reduction has started.
+    """
+
+    def __init__(self, group: FlatGroup) -> None:
+        self.group = group
+        self.send: Tensor | None = None
+        self.arrived: set[int] = set()
+        self.used: set[int] = set()
+        self.local: Tensor | None = None
+        self.holds = False
+        self.launched = False
+        self.num_ranks = group.axes.reduce.size * group.axes.replica.size
+        # Scaling to the mean is free while copying to an fp32 wire; 16-bit ones would lose bits.
+        scaled_early = group.dtypes.wire == torch.float32
+        self.early_scale = 1.0 / self.num_ranks if scaled_early else 1.0
+        self.late_scale = 1.0 if scaled_early else 1.0 / self.num_ranks
+
+    @property
+    def shows_gradients(self) -> bool:
+        """Whether pieces can show the accumulated gradient as it is: `.grad` has the piece's dtype."""
+        return self.group.dtypes.accumulate == self.group.dtypes.master
+
+    def target(self, index: int) -> Tensor:
+        """One parameter's place in the send buffer, in its true shape."""
+        if self.send is None:
+            raise EngineError(f"{self.group.name} has no send buffer.")
+        return self.group.slot_view(self.send, self.group.layout.slots[index])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter has had its gradient in this backward."""
+        return len(self.arrived) == len(self.group.entries)
+
+
+class Reducer:
+    """Reduces gradients of trainable groups in a fixed order, in the background of the backward.
+
+    Args:
+        groups: in the order in which the backward completes them.
+        pool: of send and receive buffers.
+        journal: of the run.
+        each_backward: stages 2 and 3: reduce whether or not `sync` is on.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[FlatGroup],
+        *,
+        pool: BufferPool,
+        journal: Journal,
+        each_backward: bool,
+    ) -> None:
+        self._collections = [Collection(group) for group in groups if group.travels]
+        self._by_group = {collection.group: collection for collection in self._collections}
+        self._pool = pool
+        self._journal = journal
+        self._each_backward = each_backward
+        self._next = 0
+        self._in_flight: deque[InFlight] = deque()
+        self._reducing = True
+
+    def begin(self, *, sync: bool) -> None:
+        """Start a backward. Gradients that the user has cleared since are not added to."""
+        self._reducing = sync or self._each_backward
+        self._next = 0
+        cleared = self._all_cleared()
+        for collection in self._collections:
+            collection.arrived.clear()
+            collection.launched = False
+            if cleared and collection.shows_gradients:
+                self._forget(collection)
+            for piece in collection.group.pieces:
+                piece.grad = None
+
+    def collect(self, group: FlatGroup, index: int) -> None:
+        """Take the gradient that autograd has just finished for one parameter."""
+        parameter = group.entries[index].parameter
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        parameter.grad = None
+        collection = self._by_group[group]
+        collection.used.add(index)
+        if not self._reducing:
+            self._add_local(collection, index, gradient)
+            return
+        if collection.launched:
+            # A module that a re-entrant checkpoint runs twice: a second, late share.
+            collection.launched = False
+            collection.arrived.clear()
+        self._take_send_buffer(collection)
+        if index in collection.arrived:
+            collection.target(index).add_(gradient, alpha=collection.early_scale)
+        elif collection.early_scale == 1.0:
+            collection.target(index).copy_(gradient)
+        else:
+            torch.mul(gradient, collection.early_scale, out=collection.target(index))
+        collection.arrived.add(index)
+        if collection.is_complete:
+            self._launch_ready()
+
+    def finish(self) -> None:
+        """End of the backward: send what is left, wait for all, hand the pieces their gradients."""
+        if self._reducing:
+            for collection in self._collections[self._next :]:
+                self._launch(collection)
+            self._next = len(self._collections)
+            # Late shares of modules that ran twice.
+            for collection in self._collections:
+                if not collection.launched:
+                    self._launch(collection)
+            while self._in_flight:
+                self._settle()
+        for collection in self._collections:
+            self._hand_over(collection)
+
+    def flush(self) -> None:
+        """Before a step: reduce what was only summed locally, as a step without a last sync does."""
+        if not self.has_unreduced:
+            return
+        self._reducing = True
+        self._next = 0
+        for collection in self._collections:
+            collection.arrived.clear()
+            collection.launched = False
+        self.finish()
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Whether there are gradients that no other rank has seen yet."""
+        return any(collection.local is not None for collection in self._collections)
+
+    def prepare_step(self) -> None:
+        """Give the pieces gradients in their own dtype where those are kept in another."""
+        for collection in self._collections:
+            group = collection.group
+            if group.grad is not None and not collection.shows_gradients:
+                for piece, values in self._piece_values(group, group.grad):
+                    piece.grad = values.to(piece.dtype)
+
+    def used_mask(self) -> list[bool]:
+        """For every parameter of every travelling group: has it had a gradient since the last step?"""
+        return [
+            index in collection.used
+            for collection in self._collections
+            for index in range(len(collection.group.entries))
+        ]
+
+    def drop_unused(self, used: Sequence[bool]) -> None:
+        """Give parameters without a gradient on any rank None, as plain PyTorch does."""
+        start = 0
+        for collection in self._collections:
+            slots = collection.group.piece_slots()
+            for piece, slot_piece in zip(collection.group.pieces, slots, strict=True):
+                if not used[start + slot_piece.index]:
+                    piece.grad = None
+            start += len(collection.group.entries)
+
+    def end_step(self) -> None:
+        """After a step: copies that were made for it are freed."""
+        for collection in self._collections:
+            if not collection.shows_gradients:
+                self._forget(collection)
+                for piece in collection.group.pieces:
+                    piece.grad = None
+
+    def _all_cleared(self) -> bool:
+        return all(
+            piece.grad is None
+            for collection in self._collections
+            if collection.shows_gradients
+            for piece in collection.group.pieces
+        )
+
+    def _forget(self, collection: Collection) -> None:
+        collection.holds = False
+        collection.used.clear()
+        self._drop_local(collection)
+
+    def _take_send_buffer(self, collection: Collection) -> None:
+        if collection.send is None:
+            group = collection.group
+            collection.send = self._pool.take(group.layout.padded_numel, group.dtypes.wire)
+
+    def _add_local(self, collection: Collection, index: int, gradient: Tensor) -> None:
+        group = collection.group
+        if collection.local is None:
+            collection.local = self._pool.take(group.layout.padded_numel, group.dtypes.accumulate)
+            collection.local.zero_()
+        group.slot_view(collection.local, group.layout.slots[index]).add_(gradient)
+
+    def _drop_local(self, collection: Collection) -> None:
+        if collection.local is not None:
+            local, collection.local = collection.local, None
+            self._pool.give(local)
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self._collections):
+            collection = self._collections[self._next]
+            if collection.launched or not collection.is_complete:
+                return
+            self._launch(collection)
+            self._next += 1
+
+    def _launch(self, collection: Collection) -> None:
+        if len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._settle()
+        group = collection.group
+        self._take_send_buffer(collection)
+        send = collection.send
+        if send is None:
+            raise EngineError(f"{group.name} has no send buffer.")
+        for start, stop in group.layout.gaps():
+            send[start:stop].zero_()
+        for index in range(len(group.layout.slots)):
+            if index not in collection.arrived:
+                collection.target(index).zero_()
+        if collection.local is not None:
+            send.add_(collection.local, alpha=collection.early_scale)
+            self._drop_local(collection)
+        collection.launched = True
+        collection.send = None
+        self._in_flight.append(self._start(collection, send))
+
+    def _start(self, collection: Collection, send: Tensor) -> "InFlight":
+        group = collection.group
+        if group.axes.reduce.is_identity:
+            pending = all_reduce_flat(send, group=group.axes.replica, journal=self._journal)
+            return InFlight(collection, send, None, pending)
+        receive = self._pool.take(send.numel(), send.dtype)
+        pending = reduce_scatter_flat(
+            send, group=group.axes.reduce, journal=self._journal, receive=receive
+        )
+        return InFlight(collection, send, receive, pending)
+
+    def _settle(self) -> None:
+        """Finish the oldest reduction: its mean over all data-parallel ranks joins group.grad."""
+        collection, send, receive, pending = self._in_flight.popleft()
+        group = collection.group
+        parts = pending.wait().view(-1, group.layout.part_numel)
+        if group.grad is None:
+            group.grad = torch.empty(
+                group.layout.part_numel, dtype=group.dtypes.accumulate, device=group.device
+            )
+        if group.axes.replica.is_identity or group.axes.reduce.is_identity:
+            sum_parts(
+                parts, out=group.grad, accumulate=collection.holds, scale=collection.late_scale
+            )
+        else:
+            self._settle_over_replicas(collection, parts)
+        collection.holds = True
+        del parts, pending
+        self._pool.give(send)
+        if receive is not None:
+            self._pool.give(receive)
+
+    def _settle_over_replicas(self, collection: Collection, parts: Tensor) -> None:
+        """Hybrid sharding: this rank's slice is summed over the ranks that hold the same slice."""
+        group = collection.group
+        total = torch.empty_like(parts[0], dtype=torch.float32)
+        sum_parts(parts, out=total, accumulate=False, scale=1.0)
+        share = total.to(group.dtypes.wire)
+        summed = all_reduce_flat(share, group=group.axes.replica, journal=self._journal).wait()
+        sum_parts(
+            summed.view(1, -1),
+            out=self._grad_of(group),
+            accumulate=collection.holds,
+            scale=collection.late_scale,
+        )
+
+    def _grad_of(self, group: FlatGroup) -> Tensor:
+        if group.grad is None:
+            raise EngineError(f"{group.name} has no gradient buffer.")
+        return group.grad
+
+    def _hand_over(self, collection: Collection) -> None:
+        """Let the pieces show this rank's part of the sum so far."""
+        group = collection.group
+        if not collection.shows_gradients:
+            return
+        if collection.holds:
+            source = self._grad_of(group)
+        elif collection.local is not None:
+            source = group.part_of(collection.local)
+        else:
+            return
+        for piece, values in self._piece_values(group, source):
+            piece.grad = values
+
+    def _piece_values(self, group: FlatGroup, source: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
+        for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True):
+            stop = slot_piece.part_start + slot_piece.numel
+            yield piece, source[slot_piece.part_start : stop].view(piece.shape)
+
+
+class InFlight(NamedTuple):
+    """A reduction under way and the buffers that it reads and writes."""
+
+    collection: Collection
+    send: Tensor
+    receive: Tensor | None
+    pending: Pending

@@ -1,0 +1,209 @@
+"""What happens around the user's own optimizer.step().
+
+    before   reduce what is left, agree on overflow and on unused parameters, unscale
+    step     torch's (or anyone's) optimizer updates this rank's pieces
+    after    parts travel to the other ranks (stages 0-2), or what was gathered is stale (3)
+
+The optimizer object stays the user's: its param_groups are re-pointed at pieces, in place, so that
+schedulers and loggers that hold it go on working.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from hf_speed.mesh import AxisGroup
+from hf_speed.mesh.collectives import Pending, all_gather_flat, all_reduce_small
+from hf_speed.mesh.journal import Journal
+from hf_speed.zero.gather import Gatherer
+from hf_speed.zero.group import FlatGroup
+from hf_speed.zero.norm import any_overflow, global_norm
+from hf_speed.zero.precision import LossScaler
+from hf_speed.zero.reduce import Reducer
+
+
+class Stepper:
+    """Readies gradients for a step and spreads its result.
+
+    Args:
+        groups: all trainable groups.
+        gatherer: told when gathered values are stale.
+        reducer: holds the gradients.
+        scaler: of the loss, in fp16; None elsewhere.
+        shard_axis: ranks that hold different elements.
+        data_axis: all ranks that see different batches.
+        journal: of the run.
+        device: of the gradients.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[FlatGroup],
+        *,
+        gatherer: Gatherer,
+        reducer: Reducer,
+        scaler: LossScaler | None,
+        shard_axis: AxisGroup,
+        data_axis: AxisGroup,
+        journal: Journal,
+        device: torch.device,
+    ) -> None:
+        self.was_skipped = False
+        self.grad_norm: Tensor | None = None
+        self._groups = tuple(groups)
+        self._gatherer = gatherer
+        self._reducer = reducer
+        self._scaler = scaler
+        self._shard_axis = shard_axis
+        self._data_axis = data_axis
+        self._journal = journal
+        self._device = device
+        self._is_ready = False
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Run before and after every step of `optimizer`."""
+        self._handles.append(optimizer.register_step_pre_hook(self._before))
+        self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def unwatch(self) -> None:
+        """Leave the optimizer alone again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's parts of the gradients, as the optimizer will read them."""
+        pieces = (piece for group in self._groups for piece in group.pieces)
+        return [piece.grad for piece in pieces if piece.grad is not None]
+
+    def make_ready(self) -> None:
+        """Bring every gradient to its final value, once per step. Collective.
+
+        One all-reduce of a byte per parameter: which parameters had a gradient on any rank, and
+        whether any rank's gradients overflowed.
+        """
+        if self._is_ready:
+            return
+        self._is_ready = True
+        self._reducer.flush()
+        self._reducer.prepare_step()
+        mask = self._reducer.used_mask()
+        flags = torch.tensor([False, *mask], dtype=torch.uint8).to(self._device)
+        if self._scaler is not None:
+            flags[0] = any_overflow(self.gradients(), device=self._device).to(torch.uint8)
+        if mask or self._scaler is not None:
+            all_reduce_small(
+                flags, group=self._data_axis, journal=self._journal, op=dist.ReduceOp.MAX
+            )
+        overflowed, *used = flags.tolist()
+        self._reducer.drop_unused([bool(each) for each in used])
+        self.was_skipped = bool(overflowed)
+        if self._scaler is not None:
+            self._unscale(1.0 / self._scaler.scale)
+
+    def _unscale(self, factor: float) -> None:
+        gradients = self.gradients()
+        if gradients and not self.was_skipped:
+            torch._foreach_mul_(gradients, factor)
+
+    def clip_norm(self, max_norm: float, norm_type: float) -> Tensor:
+        """Scale gradients so that their global norm is at most `max_norm`; returns the norm before.
+
+        Collective. 0-d fp32.
+        """
+        self.make_ready()
+        gradients = self.gradients()
+        norm = global_norm(
+            gradients,
+            norm_type=norm_type,
+            group=self._shard_axis,
+            journal=self._journal,
+            device=self._device,
+        )
+        self.grad_norm = norm
+        if gradients and not self.was_skipped:
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    def clip_value(self, value: float) -> None:
+        """Clamp every element of every gradient to [-value, value]. No collective of its own."""
+        self.make_ready()
+        for gradient in self.gradients():
+            gradient.clamp_(-value, value)
+
+    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:  # noqa: ARG002
+        self.make_ready()
+        if self.was_skipped:
+            # Optimizers leave a parameter without a gradient alone, counters included.
+            for group in self._groups:
+                for piece in group.pieces:
+                    piece.grad = None
+
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:  # noqa: ARG002
+        if self._scaler is not None:
+            self._scaler.update(overflowed=self.was_skipped)
+        self._reducer.end_step()
+        self._is_ready = False
+        if not self.was_skipped:
+            self.spread()
+
+    def spread(self) -> None:
+        """Bring the working values of all ranks up to date with the masters. Collective."""
+        pending: list[Pending] = []
+        for group in self._groups:
+            if group.full is None or not group.resident:
+                continue
+            mine = group.part_of(group.full)
+            if mine.data_ptr() != group.master.data_ptr():
+                mine.copy_(group.master)
+            pending.append(
+                all_gather_flat(group.full, group=group.axes.gather, journal=self._journal)
+            )
+        for each in pending:
+            each.wait()
+        self._gatherer.invalidate()
+
+    def forget_gradients(self) -> None:
+        """A new backward has begun: what was readied for a step no longer is."""
+        self._is_ready = False
+
+
+def repoint(
+    optimizer: Optimizer,
+    pieces_of: Mapping[nn.Parameter, Sequence[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]],
+) -> None:
+    """Replace the parameters in `optimizer.param_groups` by their pieces on this rank, in place.
+
+    Args:
+        optimizer: any torch optimizer; state that it has already is cut like the parameter.
+        pieces_of: parameter -> its pieces here (none, or one), each with the function that cuts the
+            piece's part out of a tensor of the parameter's shape.
+    """
+    for group in optimizer.param_groups:
+        replaced: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            if parameter not in pieces_of:
+                replaced.append(parameter)
+                continue
+            state = optimizer.state.pop(parameter, None)
+            for piece, cut in pieces_of[parameter]:
+                replaced.append(piece)
+                if state:
+                    optimizer.state[piece] = _cut_state(state, parameter.shape, cut)
+        group["params"][:] = replaced
+
+
+def _cut_state(
+    state: Mapping[str, Any], shape: torch.Size, cut: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    return {
+        key: cut(value).clone() if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in state.items()
+    }

@@ -7,6 +7,7 @@ cached: a test or a launcher may change the environment between two reads.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from hf_speed.errors import ConfigError
@@ -92,6 +93,19 @@ def check_promised_world() -> None:
             f"world of WORLD_SIZE={world.world_size}. The launcher started fewer or more; start "
             f"with `hf-speed launch -n {promised}`."
         )
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_memory_bytes() -> int:
+    """Bytes of host memory that this machine has, or that its control group allows, if less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total
 
 
 def launch_environment() -> dict[str, str]:

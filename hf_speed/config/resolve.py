@@ -146,7 +146,7 @@ def resolve(
         ConfigError: the axes do not multiply to the world; a value cannot take effect at this stage
             or dtype.
     """
-    dp_replicate, dp_shard = _axes(config, world_size)
+    dp_replicate, dp_shard = check_world(config, world_size)
     stage, reason = _stage(
         config.zero, world_size=world_size, state_bytes=state_bytes, memory_bytes=memory_bytes
     )
@@ -181,8 +181,12 @@ def resolve(
     )
 
 
-def _axes(config: SpeedConfig, world_size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard), whose product is the world."""
+def check_world(config: SpeedConfig, world_size: int) -> tuple[int, int]:
+    """(dp_replicate, dp_shard), whose product is the world.
+
+    Raises:
+        ConfigError: the config asks for another number of processes.
+    """
     replicate, shard = config.mesh.dp_replicate, config.mesh.dp_shard
     if shard is None:
         if world_size % replicate:
@@ -212,8 +216,6 @@ def _stage(
     if zero.stage is not None:
         _check_effective(zero, zero.stage)
         return zero.stage, "set"
-    if world_size == 1:
-        return 0, "auto: one process, nothing to share"
     if state_bytes is None or memory_bytes is None:
         raise ConfigError(
             "zero.stage is left open, but the memory to plan for is unknown. Set zero.stage to 0, "

@@ -34,7 +34,7 @@ class StateBytes(NamedTuple):
     optimizer: int
     """Masters and moments."""
     in_flight: int
-    """Stage 3: the gathered units, and the gradient of the one being reduced."""
+    """Gathered units (stage 3), and the gradient of the one being reduced (stages 2 and 3)."""
 
     @property
     def total(self) -> int:
@@ -53,7 +53,8 @@ def estimate_states(
     """Estimate stages 0, 1, 2 and 3.
 
     Args:
-        units: the parameters of each unit.
+        units: the parameters of each unit, as `zero.units` plans them: the root, which stays gathered
+            from the start of the forward to the end of the backward, comes last.
         num_shards: ranks that share one copy of the state (mesh.dp_shard).
         masters: 16-bit parameters have a float32 copy.
         num_moments: tensors that the optimizer keeps per parameter (Adam 2, momentum 1, SGD 0).
@@ -63,8 +64,8 @@ def estimate_states(
         One estimate per stage. A share is rounded up: the last byte lives somewhere.
     """
     sizes = [size for unit in units for size in unit]
-    parameters = sum(size.numel * size.itemsize for size in sizes)
-    gradients = sum(size.numel * size.itemsize for size in sizes if size.trained)
+    parameters = _bytes(sizes)
+    gradients = _bytes(sizes, trained_only=True)
     optimizer = sum(
         _optimizer_bytes(size, masters=masters, num_moments=num_moments) for size in sizes
     )
@@ -78,7 +79,7 @@ def estimate_states(
             parameters=share(parameters, from_stage=3, stage=stage),
             gradients=share(gradients, from_stage=2, stage=stage),
             optimizer=share(optimizer, from_stage=1, stage=stage),
-            in_flight=_in_flight(units, prefetch_units) if stage == 3 else 0,
+            in_flight=_in_flight(units, stage=stage, prefetch_units=prefetch_units),
         )
 
     return at(0), at(1), at(2), at(3)
@@ -93,10 +94,17 @@ def _optimizer_bytes(size: ParameterSize, *, masters: bool, num_moments: int) ->
     return size.numel * (num_moments * updated + (MASTER_BYTES if has_master else 0))
 
 
-def _in_flight(units: Sequence[Sequence[ParameterSize]], prefetch_units: int) -> int:
-    """Bytes of the largest units alive at once, and of one gradient on its way."""
-    gathered = sorted(
-        (sum(size.numel * size.itemsize for size in unit) for unit in units), reverse=True
-    )
-    trained = [sum(size.numel * size.itemsize for size in unit if size.trained) for unit in units]
-    return sum(gathered[: prefetch_units + 1]) + max(trained, default=0)
+def _in_flight(units: Sequence[Sequence[ParameterSize]], *, stage: int, prefetch_units: int) -> int:
+    """Bytes of what passes through: gathered units (stage 3), a gradient on its way (2 and 3)."""
+    if stage < 2:
+        return 0
+    gradient = max((_bytes(unit, trained_only=True) for unit in units), default=0)
+    if stage < 3:
+        return gradient
+    *blocks, root = units
+    largest = sorted((_bytes(block) for block in blocks), reverse=True)
+    return gradient + _bytes(root) + sum(largest[: prefetch_units + 1])
+
+
+def _bytes(sizes: Sequence[ParameterSize], *, trained_only: bool = False) -> int:
+    return sum(size.numel * size.itemsize for size in sizes if size.trained or not trained_only)

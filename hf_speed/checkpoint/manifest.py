@@ -235,14 +235,14 @@ def safe_path(path: object, where: str) -> str:
     return path
 
 
-def dump_json(value: object, what: str) -> str:
+def dump_json(value: object, what: str, *, indent: int | None = None) -> str:
     """Strict JSON: no NaN, no infinity, no object that would come back as something else.
 
     Raises:
         CheckpointError: names the value and why.
     """
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, indent=indent)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{what} cannot be stored as JSON: {error}. Give plain numbers, strings, lists and "

@@ -71,6 +71,7 @@ class ModelPlan(NamedTuple):
                 "weight_map": dict(sorted(weight_map.items())),
             },
             "The index of the model",
+            indent=2,
         )
 
 

@@ -147,9 +147,7 @@ def resolve(
             or dtype.
     """
     dp_replicate, dp_shard = check_world(config, world_size)
-    stage, reason = _stage(
-        config.zero, world_size=world_size, state_bytes=state_bytes, memory_bytes=memory_bytes
-    )
+    stage, reason = _stage(config.zero, state_bytes=state_bytes, memory_bytes=memory_bytes)
     precision = config.precision
     working = compute_dtype or param_dtype
     if precision.loss_scale != LossScaleConfig() and working is not torch.float16:
@@ -206,11 +204,7 @@ def check_world(config: SpeedConfig, world_size: int) -> tuple[int, int]:
 
 
 def _stage(
-    zero: ZeroConfig,
-    *,
-    world_size: int,
-    state_bytes: Sequence[int] | None,
-    memory_bytes: int | None,
+    zero: ZeroConfig, *, state_bytes: Sequence[int] | None, memory_bytes: int | None
 ) -> tuple[int, str]:
     """The stage and why; an AUTO stage is the smallest whose model states fit."""
     if zero.stage is not None:

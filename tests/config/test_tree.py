@@ -1,0 +1,84 @@
+"""Every value is checked where it is made; every message names path, value and what is legal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from hf_speed.config import LossScaleConfig, SpeedConfig, ZeroConfig, load_config
+from hf_speed.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"mesh": {"dp_replicate": 0}}, r"mesh\.dp_replicate=0 is out of range.*1 to 65536"),
+        ({"mesh": {"dp_shard": 65537}}, r"mesh\.dp_shard=65537 is out of range.*1 to 65536"),
+        ({"mesh": {"dp_shard": 2.0}}, r"mesh\.dp_shard=2\.0 is of type float.*whole number"),
+        ({"zero": {"stage": 4}}, r"zero\.stage=4 is out of range: it goes from 0 to 3"),
+        ({"zero": {"stage": -1}}, r"zero\.stage=-1 is out of range"),
+        ({"zero": {"stage": True}}, r"zero\.stage=True is of type bool.*whole number from 0 to 3"),
+        ({"zero": {"stage": "3"}}, r"zero\.stage='3' is of type str.*without quotes"),
+        ({"zero": {"stage": "three"}}, r"zero\.stage='three' is of type str.*0 to 3\.$"),
+        (
+            {"zero": {"units": "LlamaMLP"}},
+            r"zero\.units='LlamaMLP' is of type str.*'auto' or a list",
+        ),
+        ({"zero": {"units": []}}, r"zero\.units=\[\] names no module class"),
+        ({"zero": {"units": [1]}}, r"zero\.units=\[1\] is of type list"),
+        ({"zero": {"units": ["A", "B", "A"]}}, r"zero\.units names A more than once"),
+        ({"zero": {"prefetch_units": 9}}, r"zero\.prefetch_units=9 is out of range.*0 to 8"),
+        ({"zero": {"regather": 1}}, r"zero\.regather=1 is of type int.*true or false"),
+        ({"zero": {"generate": "whole"}}, r"zero\.generate='whole' is not.*'gathered', 'streamed'"),
+        (
+            {"precision": {"master_dtype": "fp32"}},
+            r"precision\.master_dtype='fp32'.*'float32', 'same'",
+        ),
+        (
+            {"precision": {"reduce_dtype": "int8"}},
+            r"precision\.reduce_dtype='int8' is not a choice",
+        ),
+        ({"precision": {"accumulate_dtype": 1}}, r"precision\.accumulate_dtype=1 is not a choice"),
+        (
+            {"precision": {"loss_scale": {"initial": 0.5}}},
+            r"loss_scale\.initial=0\.5 is out of range",
+        ),
+        (
+            {"precision": {"loss_scale": {"initial": "1e6"}}},
+            r"initial='1e6' is of type str.*1\.0e\+6",
+        ),
+        ({"precision": {"loss_scale": {"window": 0}}}, r"loss_scale\.window=0 is out of range"),
+        ({"precision": {"loss_scale": {"hysteresis": 0}}}, r"hysteresis=0 is out of range"),
+        ({"precision": {"loss_scale": {"floor": 1e6}}}, r"floor=1000000\.0 is out of range.*65536"),
+        ({"precision": {"loss_scale": {"floor": float("nan")}}}, r"floor=nan is out of range"),
+        ({"checkpoint": {"max_shard_bytes": 1}}, r"max_shard_bytes=1 is out of range.*1024 to"),
+        ({"debug": {"journal": "yes"}}, r"debug\.journal='yes' is of type str.*true or false"),
+        (
+            {"debug": {"timeout_s": 0}},
+            r"debug\.timeout_s=0 is out of range: it goes from 1 to 86400",
+        ),
+        ({"debug": {"stats": None}}, r"debug\.stats=None is of type NoneType"),
+    ],
+)
+def test_wrong_value_names_path_value_and_range(tree: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(tree)
+
+
+def test_values_are_checked_without_a_file_too() -> None:
+    with pytest.raises(ConfigError, match=r"zero\.stage=7 is out of range"):
+        ZeroConfig(stage=7)
+    with pytest.raises(
+        ConfigError, match=r"zero=\{'stage': 1\} is of type dict: it must be a Zero"
+    ):
+        SpeedConfig(zero={"stage": 1})  # pyrefly: ignore
+    with pytest.raises(ConfigError, match=r"precision\.loss_scale\.window=0"):
+        LossScaleConfig(window=0)
+
+
+def test_config_is_a_value() -> None:
+    config = SpeedConfig(zero=ZeroConfig(stage=3, units=["Block"]))  # pyrefly: ignore
+    assert config == load_config({"zero": {"stage": 3, "units": ["Block"]}})
+    assert hash(config) == hash(load_config(config.to_dict()))
+    with pytest.raises(AttributeError):
+        config.zero = ZeroConfig()  # pyrefly: ignore

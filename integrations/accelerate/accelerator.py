@@ -1,0 +1,357 @@
+"""accelerate.Accelerator with hf_speed's engine where DistributedDataParallel would be.
+
+    accelerator = Accelerator(hf_speed={"zero": {"stage": 3}})
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+prepare_model attaches an engine to the model in place and leaves autocast to accelerate; prepare_optimizer binds the
+user's optimizer to it. Data loaders, schedulers, gather and trackers are accelerate's own, untouched. Without a config
+(hf_speed=None and no HF_SPEED_CONFIG) every method is accelerate's.
+
+The accelerator holds no engine: it finds them on the models that it prepared, so free_memory() loses none.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+import accelerate
+import torch
+from accelerate.utils import DynamoBackend, convert_file_size_to_int
+from torch import Tensor, nn
+
+from hf_speed.config import env
+from hf_speed.config.tree import SpeedConfig
+from hf_speed.engine import Engine, engine_of
+from hf_speed.errors import ConfigError
+from hf_speed.integrations.accelerate.optimizer import SpeedOptimizer
+from hf_speed.integrations.accelerate.state import engines_load, engines_save
+from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
+from hf_speed.integrations.transformers.loading import attach
+from hf_speed.integrations.weights import full_state_dict, write_model
+
+
+class Accelerator(accelerate.Accelerator):
+    """accelerate.Accelerator that shards models, gradients and optimizers as `hf_speed` says.
+
+    Args:
+        args: as for accelerate.Accelerator.
+        hf_speed: a path, JSON text, a dict or a SpeedConfig; None: HF_SPEED_CONFIG, or else plain accelerate.
+        kwargs: as for accelerate.Accelerator.
+
+    Raises:
+        ConfigError: the config is wrong, or another backend is asked for beside it.
+    """
+
+    def __init__(self, *args: Any, hf_speed: SpeedConfigLike | None = None, **kwargs: Any) -> None:
+        config = carried_config(hf_speed)
+        super().__init__(*args, **kwargs)
+        self._take_config(config)
+
+    @classmethod
+    def adopt(cls, accelerator: accelerate.Accelerator, config: SpeedConfig | None) -> Self:
+        """Make an accelerator that exists one of ours: the class of this one instance changes, nothing else.
+
+        Raises:
+            ConfigError: another backend is asked for beside it.
+        """
+        kind = type(accelerator)
+        if not issubclass(kind, cls):
+            accelerator.__class__ = cls if kind is accelerate.Accelerator else type(kind.__name__, (cls, kind), {})
+        accelerator._take_config(config)  # pyrefly: ignore[missing-attribute]
+        return accelerator  # pyrefly: ignore[bad-return]
+
+    def _take_config(self, config: SpeedConfig | None) -> None:
+        self.hf_speed_config = config
+        self.state_weights: list[tuple[Engine, dict[str, Any]]] | None = None
+        if config is None:
+            return
+        env.check_promised_world()
+        self._refuse_other_backends()
+        # The engine scales the loss, and agrees on overflow over the ranks that share a shard.
+        self.scaler = None
+        if self.mixed_precision == "fp16":
+            # accelerate computes fp16 on a CPU without autocast; with it, CPU and GPU run the same casts.
+            self.native_amp = True
+
+    def _refuse_other_backends(self) -> None:
+        asked_for = {
+            "deepspeed_plugin": self.state.deepspeed_plugin,
+            "fsdp_plugin": getattr(self.state, "fsdp_plugin", None),
+            "megatron_lm_plugin": getattr(self.state, "megatron_lm_plugin", None),
+            "parallelism_config": self.parallelism_config,
+        }
+        for name, value in asked_for.items():
+            if value is not None:
+                raise ConfigError(
+                    f"hf_speed and {name}={type(value).__name__} were both asked for, but only one can lay out the "
+                    f"processes. Remove {name} (an accelerate config or ACCELERATE_USE_* may set it), or hf_speed."
+                )
+        if self.scaler_handler is not None:
+            raise ConfigError(
+                "GradScalerKwargs has no effect under hf_speed, which scales the loss itself. Remove it and set "
+                "precision.loss_scale (initial, window, hysteresis, floor) in the hf_speed config."
+            )
+        if self.mixed_precision == "fp8":
+            raise ConfigError("mixed_precision='fp8' is not supported by hf_speed. Use 'no', 'bf16' or 'fp16'.")
+        if self.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ConfigError(
+                f"torch.compile (dynamo backend {self.state.dynamo_plugin.backend}) is not supported by hf_speed: the "
+                f"compiled graph would hold on to parameters that the engine re-points. Leave it off."
+            )
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype that working parameters are cast to; None: each keeps its own."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines of the models prepared so far, in the order of prepare."""
+        found = (engine_of(model) for model in self._models)
+        return [engine for engine in found if engine is not None]
+
+    # ---- prepare ----
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """As accelerate's; models first, so that an optimizer named before its model finds it."""
+        if self.hf_speed_config is not None:
+            for each in args:
+                if isinstance(each, nn.Module):
+                    self.prepare_model(each)
+        return super().prepare(*args, device_placement=device_placement)
+
+    def prepare_model(
+        self,
+        model: nn.Module,
+        device_placement: bool | None = None,  # noqa: FBT001 - accelerate's signature
+        evaluation_mode: bool = False,  # noqa: FBT001, FBT002 - accelerate's signature
+    ) -> nn.Module:
+        """Attach an engine to `model`, in place; returns the same object.
+
+        Collective. In evaluation mode too: at stage 3 a model that is only evaluated is sharded as well, and an
+        optimizer may be bound to it later.
+
+        Raises:
+            ConfigError: the model is spread over devices by `device_map`.
+        """
+        if self.hf_speed_config is None:
+            return super().prepare_model(model, device_placement=device_placement, evaluation_mode=evaluation_mode)
+        if self.verify_device_map(model):
+            raise ConfigError(
+                f"{type(model).__name__} was loaded with device_map over several devices, which hf_speed cannot shard. "
+                f"Load it without device_map, or with hf_speed.from_pretrained."
+            )
+        engine = engine_of(model)
+        if engine is not None:
+            _check_whole(engine, model)
+        elif next(model.parameters(), None) is not None:
+            attach(model, self.hf_speed_config, compute_dtype=self.compute_dtype, device=self.device)
+        else:
+            model.to(self.device)
+        # Evaluation mode leaves out DistributedDataParallel and keeps autocast.
+        prepared = super().prepare_model(model, device_placement=False, evaluation_mode=True)
+        for optimizer in self._optimizers:
+            self._bind(optimizer)
+        return prepared
+
+    def prepare_optimizer(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device_placement: bool | None = None,  # noqa: FBT001 - accelerate's signature
+    ) -> torch.optim.Optimizer:
+        """Bind `optimizer` to the engine of the model that it trains; waits if that is not prepared yet.
+
+        Raises:
+            ConfigError: it cannot work on shards, or trains parameters of two models.
+        """
+        if self.hf_speed_config is None:
+            return super().prepare_optimizer(optimizer, device_placement=device_placement)
+        if not isinstance(optimizer, SpeedOptimizer):
+            optimizer = SpeedOptimizer(optimizer)
+            optimizer._is_accelerate_prepared = True  # pyrefly: ignore[missing-attribute]
+        if not any(each is optimizer for each in self._optimizers):
+            self._optimizers.append(optimizer)
+        self._bind(optimizer)
+        return optimizer
+
+    def _bind(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, SpeedOptimizer) or optimizer.engine in self.engines:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        owners = [engine for engine in self.engines if held & _ids(engine.model.parameters())]
+        if len(owners) > 1:
+            names = ", ".join(type(engine.model).__name__ for engine in owners)
+            raise ConfigError(
+                f"One {type(optimizer.optimizer).__name__} trains parameters of {len(owners)} prepared models ({names}). "
+                f"Give each model its own optimizer, or prepare one nn.Module that holds them all."
+            )
+        if owners:
+            owners[0].bind_optimizer(optimizer.optimizer)
+            optimizer.engine = owners[0]
+
+    # ---- a step ----
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """As accelerate's, with the engine's loss scale (fp16).
+
+        Raises:
+            ConfigError: two prepared models with different loss scales share one backward.
+        """
+        engines = [engine for engine in self.engines if engine.optimizer is not None]
+        if not engines:
+            super().backward(loss, **kwargs)
+            return
+        scales = {engine.loss_scale for engine in engines}
+        if len(scales) > 1:
+            raise ConfigError(
+                f"{len(engines)} models are trained in fp16 with different loss scales ({sorted(scales)}), and a loss "
+                f"can be multiplied by one only. Train them in bf16, or prepare one nn.Module that holds them all."
+            )
+        engines[0].backward(loss / self.gradient_accumulation_steps, **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """Gradients of backwards inside stay on this rank and add up there, until the first backward outside."""
+        engine = engine_of(model) if self.hf_speed_config is not None else None
+        if engine is None:
+            with super().no_sync(model):
+                yield
+            return
+        before = engine.sync_gradients
+        engine.sync_gradients = False
+        try:
+            yield
+        finally:
+            engine.sync_gradients = before
+
+    def unscale_gradients(self, optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None) -> None:
+        """Nothing under hf_speed: clipping and the step see unscaled gradients."""
+        if self.hf_speed_config is None:
+            super().unscale_gradients(optimizer)
+
+    def clip_grad_norm_(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> Tensor:
+        """Clip the gradient of a whole prepared model by its norm over all ranks; one scalar all-reduce.
+
+        Returns:
+            The norm before clipping, 0-d.
+
+        Raises:
+            ConfigError: `parameters` are some of a prepared model's trainable parameters, but not all.
+        """
+        parameters = _listed(parameters)
+        engine = self._engine_of_parameters(parameters)
+        if engine is None:
+            return super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+        return engine.clip_grad_norm_(max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
+        """Clamp every element of a whole prepared model's gradient to +-`clip_value`.
+
+        Raises:
+            ConfigError: `parameters` are some of a prepared model's trainable parameters, but not all.
+        """
+        parameters = _listed(parameters)
+        engine = self._engine_of_parameters(parameters)
+        if engine is None:
+            super().clip_grad_value_(parameters, clip_value)
+        else:
+            engine.clip_grad_value_(clip_value)
+
+    def _engine_of_parameters(self, parameters: list[Tensor]) -> Engine | None:
+        given = _ids(parameters)
+        found: list[Engine] = []
+        for engine in self.engines:
+            trained = _ids(each for each in engine.model.parameters() if each.requires_grad)
+            held = set[int]()
+            if engine.optimizer is not None:
+                held = _ids(each for group in engine.optimizer.param_groups for each in group["params"])
+            if (trained and trained <= given) or (held and held <= given):
+                found.append(engine)
+            elif given & (trained | held):
+                raise ConfigError(
+                    f"Clipping got {len(given & (trained | held))} of the {len(trained)} trainable parameters of "
+                    f"{type(engine.model).__name__}; their gradients live in shards that can be clipped only together. "
+                    f"Pass model.parameters()."
+                )
+        if len(found) > 1:
+            raise ConfigError(
+                f"Clipping got the parameters of {len(found)} prepared models at once. Clip each model by itself, or "
+                f"prepare one nn.Module that holds them all."
+            )
+        return found[0] if found else None
+
+    # ---- reading and writing ----
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:  # noqa: FBT001, FBT002
+        """The full state dict. Collective at stage 3, where rank 0 gets it in host memory and the others get {}."""
+        engine = engine_of(model) if self.hf_speed_config is not None else None
+        if engine is None:
+            return super().get_state_dict(model, unwrap=unwrap)
+        if self.state_weights is None:
+            return full_state_dict(engine)
+        # save_state asks for every model's weights; at stage 3 the engine writes them without gathering them all.
+        weights = {} if engine.config.stage == 3 else full_state_dict(engine)
+        self.state_weights.append((engine, weights))
+        return weights
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,  # noqa: FBT001, FBT002 - accelerate's signature
+    ) -> None:
+        """Write the full weights as accelerate does; collective.
+
+        At stage 3 every rank writes the files that it owns, and only one file's worth is in memory at a time.
+        """
+        engine = engine_of(model) if self.hf_speed_config is not None else None
+        if engine is None or not safe_serialization:
+            super().save_model(model, save_directory, max_shard_size, safe_serialization)
+        else:
+            max_shard_bytes = convert_file_size_to_int(max_shard_size)
+            write_model(engine, os.fspath(save_directory), max_shard_bytes=max_shard_bytes)
+        self.wait_for_everyone()
+
+    def save_state(
+        self,
+        output_dir: str | None = None,
+        safe_serialization: bool = True,  # noqa: FBT001, FBT002 - accelerate's signature
+        **save_model_func_kwargs: Any,
+    ) -> str:
+        """As accelerate's; each engine writes its shards in parallel. Collective."""
+        if not self.engines:
+            return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
+        with engines_save(self):
+            return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
+
+    def load_state(
+        self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **load_model_func_kwargs: Any
+    ) -> None:
+        """As accelerate's; each engine reads its shards, whatever the world that wrote them. Collective."""
+        if not self.engines:
+            super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+            return
+        with engines_load(self):
+            super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+
+
+def _check_whole(engine: Engine, model: nn.Module) -> None:
+    """A model that was wrapped after it was prepared has parameters that its engine does not know."""
+    extra = _ids(model.parameters()) - _ids(engine.model.parameters())
+    if extra:
+        raise ConfigError(
+            f"{type(model).__name__} has {len(extra)} parameters more than the {type(engine.model).__name__} inside it, "
+            f"which was prepared before. Add adapters and heads first, then prepare the outermost model once."
+        )
+
+
+def _ids(parameters: Iterable[Tensor]) -> set[int]:
+    return {id(parameter) for parameter in parameters}
+
+
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)

@@ -1,0 +1,315 @@
+"""Models larger than one rank: loaded or made in slices, whole on no rank.
+
+    from_pretrained   transformers reads, of every large tensor, only this rank's rows (its own DTensor Shard(0) door:
+                      weight converters, renames, tied names and missing keys are all its business)
+    (in between)      the model holds parameters that know shape, dtype and device and raise when read; the rows wait
+    attach            the engine takes the model over without values, then asks for full tensors one by one: each is
+                      gathered from the rows, cut into this rank's flat part, and dropped
+
+So host memory sees this rank's rows twice at most (rows and flat part, and rows go as parts come), plus one tensor.
+Waiting until attach, and not sharding at once, makes the order of building arguments and model irrelevant: only then is
+it known in which dtype the model computes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+
+from hf_speed.config import env
+from hf_speed.config.tree import SpeedConfig
+from hf_speed.engine import Engine
+from hf_speed.errors import ConfigError, ShardedParameterError
+from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
+from hf_speed.mesh import ParallelMesh
+from hf_speed.mesh.collectives import all_gather_flat
+from hf_speed.zero.parameter import ShardedParameter, placeholder_of
+
+MIN_SLICED_NUMEL = 1024
+"""Smaller parameters are loaded whole: slicing them saves nothing and costs a collective each."""
+
+_WAITING = "_hf_speed_waiting"
+
+
+class WaitingParameter(ShardedParameter):
+    """A parameter of a model that was loaded in slices and is not prepared yet."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Let metadata through, refuse everything else."""
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except ShardedParameterError as error:
+            raise ShardedParameterError(
+                f"{getattr(func, '__name__', func)} needs the values of a parameter that was loaded in slices. Hand the "
+                f"model to Trainer or Accelerator.prepare first, then use hf_speed.gathered(model)."
+            ) from error
+
+
+class Rows(NamedTuple):
+    """This rank's rows of one parameter: a chunk of dim 0, as torch.chunk cuts it for the world."""
+
+    local: Tensor
+    shape: torch.Size
+
+
+def from_pretrained(
+    auto_class: Any, *args: Any, hf_speed: SpeedConfigLike | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained(*args, **kwargs)`, where at stage 3 each rank reads only its slices.
+
+    Collective. Hand the model to Trainer or Accelerator.prepare next; until then its large parameters raise when read.
+    At stages 0 to 2, and with one process, this is plain from_pretrained.
+
+    Args:
+        auto_class: AutoModelForCausalLM or another auto class, or a model class.
+        args: as for from_pretrained.
+        hf_speed: the same config as for the Trainer or the Accelerator; None: HF_SPEED_CONFIG.
+        kwargs: as for from_pretrained.
+
+    Raises:
+        ConfigError: the config is wrong, or another library is asked to place the model.
+    """
+    wanted = slices_wanted(carried_config(hf_speed))
+    for name in ("device_map", "distributed_config", "tp_plan", "quantization_config"):
+        if kwargs.get(name) is not None and wanted:
+            raise ConfigError(
+                f"from_pretrained({name}=...) places or packs the weights itself, and zero.stage=3 shards them. "
+                f"Leave {name} out, or use zero.stage=2 or lower."
+            )
+    with sliced_loading(wanted):
+        return auto_class.from_pretrained(*args, **kwargs)
+
+
+def from_config(
+    auto_class: Any, config: Any, *, hf_speed: SpeedConfigLike | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """`auto_class.from_config(config, **kwargs)`, where at stage 3 no rank ever holds the whole model.
+
+    Collective. Weights are drawn a module at a time, from the generator that torch.manual_seed seeds: with equal seeds the
+    model does not depend on the number of ranks. (Plain from_config draws in another order, so its values differ.)
+
+    Args:
+        auto_class: an auto class.
+        config: the model's config.
+        hf_speed: the same config as for the Trainer or the Accelerator; None: HF_SPEED_CONFIG.
+        kwargs: as for from_config.
+
+    Raises:
+        ConfigError: the hf_speed config is wrong.
+    """
+    if not slices_wanted(carried_config(hf_speed)):
+        return auto_class.from_config(config, **kwargs)
+
+    def from_nothing(cls: type[PreTrainedModel], config: Any, **rest: Any) -> PreTrainedModel:
+        rest.setdefault("dtype", config.dtype or torch.get_default_dtype())
+        model = cls.from_pretrained(None, config=config, state_dict={}, **rest)
+        return model.train()
+
+    with sliced_loading(True), _replaced(PreTrainedModel, "_from_config", classmethod(from_nothing)):
+        return auto_class.from_config(config, **kwargs)
+
+
+def slices_wanted(config: SpeedConfig | None) -> bool:
+    """Whether loading in slices can save memory: several ranks, and parameters sharded (or that is still open)."""
+    if config is None or config.zero.stage not in (3, None):
+        return False
+    return _world_size() > 1
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else env.launched_world().world_size
+
+
+@contextlib.contextmanager
+def sliced_loading(wanted: bool) -> Iterator[None]:  # noqa: FBT001
+    """While it lasts, every transformers from_pretrained loads in slices, if wanted."""
+    if not wanted:
+        yield
+        return
+    if not dist.is_initialized():
+        # As TrainingArguments and Accelerator would; they find this process group.
+        PartialState()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    load: Any = PreTrainedModel._load_pretrained_model
+    finalize: Any = PreTrainedModel._finalize_model_loading
+    initialize: Any = PreTrainedModel._initialize_weights
+
+    def sliced_load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        _slice_meta(model, mesh)
+        return load(model, *args, **kwargs)
+
+    def then_wait(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        info = finalize(model, *args, **kwargs)
+        _wait(model)
+        return info
+
+    def initialize_rows(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with _whole(module):
+            initialize(self, module, *args, **kwargs)
+
+    with (
+        _replaced(PreTrainedModel, "_load_pretrained_model", staticmethod(sliced_load)),
+        _replaced(PreTrainedModel, "_finalize_model_loading", staticmethod(then_wait)),
+        _replaced(PreTrainedModel, "_initialize_weights", initialize_rows),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _slice_meta(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Make large meta parameters DTensors, of which transformers reads only the local rows."""
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and parameter.numel() >= MIN_SLICED_NUMEL:
+                local = parameter.detach().chunk(mesh.size())
+                rank = mesh.get_local_rank()
+                rows = local[rank] if rank < len(local) else parameter.detach()[:0]
+                module._parameters[key] = _as_dtensor(rows, parameter, mesh)
+
+
+def _as_dtensor(rows: Tensor, like: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    shared = DTensor.from_local(
+        rows.contiguous(), mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return nn.Parameter(shared, requires_grad=like.requires_grad)
+
+
+@contextlib.contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Initialise the direct parameters of a module whole, then keep the local rows."""
+    sliced: dict[str, nn.Parameter] = {}
+    for key, parameter in module._parameters.items():
+        if parameter is not None and isinstance(parameter.data, DTensor) and not _is_initialized(parameter):
+            sliced[key] = parameter
+    for key, parameter in sliced.items():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        module._parameters[key] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    yield
+    for key, parameter in sliced.items():
+        whole = module._parameters[key]
+        shared: Any = parameter.data
+        mesh = shared.device_mesh
+        chunks = [] if whole is None else list(whole.detach().chunk(mesh.size()))
+        rank = mesh.get_local_rank()
+        if rank < len(chunks):
+            shared._local_tensor.copy_(chunks[rank])
+        module._parameters[key] = parameter
+
+
+def _is_initialized(parameter: Tensor) -> bool:
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def _wait(model: nn.Module) -> None:
+    """Put parameters that raise when read in the place of DTensors, and keep the rows on the model."""
+    made: dict[int, nn.Parameter] = {}
+    rows: dict[nn.Parameter, Rows] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not isinstance(parameter.data, DTensor):
+                continue
+            if id(parameter) not in made:
+                waiting = _waiting_like(parameter)
+                made[id(parameter)] = waiting
+                rows[waiting] = Rows(parameter.data._local_tensor, parameter.shape)
+            module._parameters[key] = made[id(parameter)]
+    # On the model, so that it goes where the model goes: into a PEFT wrapper, or out of memory.
+    vars(model)[_WAITING] = rows
+
+
+def _waiting_like(parameter: nn.Parameter) -> nn.Parameter:
+    placeholder = placeholder_of(parameter.shape, dtype=parameter.dtype, device=torch.device("cpu"))
+    waiting = nn.Parameter(placeholder, requires_grad=parameter.requires_grad)
+    waiting.__class__ = WaitingParameter
+    return waiting
+
+
+def attach(
+    model: nn.Module, config: SpeedConfig, *, compute_dtype: torch.dtype | None, device: torch.device
+) -> Engine:
+    """Engine.attach, for models loaded in slices as well; buffers move to `device` too. Collective."""
+    rows = _take_rows(model)
+    by_name = {name: rows[each] for name, each in model.named_parameters() if each in rows}
+    for parameter in rows:
+        _to_meta(parameter)
+    rows.clear()
+    engine = Engine.attach(model, config, compute_dtype=compute_dtype, device=device)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    load_rows(engine, by_name)
+    return engine
+
+
+def load_rows(engine: Engine, rows: dict[str, Rows]) -> None:
+    """Fill parameters from every rank's rows, which are let go of one by one. Collective: a gather each."""
+    for name in list(rows):
+        engine.set_full_parameter(name, gather_rows(rows.pop(name), engine.mesh))
+
+
+def _take_rows(model: nn.Module) -> dict[nn.Parameter, Rows]:
+    rows: dict[nn.Parameter, Rows] = {}
+    for module in model.modules():
+        rows |= vars(module).pop(_WAITING, {})
+    return rows
+
+
+def _to_meta(parameter: nn.Parameter) -> None:
+    """Make a waiting parameter an ordinary one on the meta device; the object stays the same."""
+    parameter.__class__ = nn.Parameter
+    meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    torch.utils.swap_tensors(parameter, nn.Parameter(meta, requires_grad=parameter.requires_grad))
+
+
+def gather_rows(rows: Rows, mesh: ParallelMesh) -> Tensor:
+    """The full tensor, on the mesh's device, from every rank's rows. One all-gather."""
+    world = mesh.world
+    if world.is_identity:
+        return rows.local.to(mesh.device)
+    num_rows = -(-rows.shape[0] // world.size)
+    part_numel = num_rows * rows.shape[1:].numel()
+    full = torch.zeros(world.size * part_numel, dtype=rows.local.dtype, device=mesh.device)
+    start = world.rank * part_numel
+    full[start : start + rows.local.numel()] = rows.local.reshape(-1).to(mesh.device)
+    all_gather_flat(full, group=world, journal=mesh.journal).wait()
+    return full[: rows.shape.numel()].view(rows.shape)
+
+
+def load_whole(engine: Engine, directory: str, *, dtype: torch.dtype) -> None:
+    """Fill an engine through transformers' from_pretrained, in slices where there are several ranks. Collective.
+
+    For layouts that transformers converts. Host memory holds a second copy of this rank's rows (of the model, with one
+    process) while it lasts.
+    """
+    with sliced_loading(engine.mesh.world.size > 1):
+        other = type(engine.model).from_pretrained(directory, config=engine.model.config, dtype=dtype)
+    waiting = _take_rows(other)
+    rows = {name: waiting[each] for name, each in other.named_parameters() if each in waiting}
+    for name, parameter in other.named_parameters():
+        if name not in rows:
+            engine.set_full_parameter(name, parameter.detach())
+    load_rows(engine, rows)

@@ -1,0 +1,213 @@
+"""Weights between an engine and a directory, for the Trainer and the Accelerator alike.
+
+out   engine.full_parameters -> hub.save_hub_model (every rank its own files), or PEFT's own layout for adapters
+in    hf_speed/ state where a checkpoint has it (exact masters), else the Hub files, slice by slice
+
+The dtype in files is the one that the model came in, taken from the masters: a model loaded in fp32 and trained with
+bf16=True is saved in fp32, as transformers does.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_speed.checkpoint import StateReader
+from hf_speed.checkpoint.manifest import MANIFEST_PATH
+from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME, ModelPlan
+from hf_speed.engine import Engine
+from hf_speed.errors import CheckpointError
+from hf_speed.integrations.transformers.hub import (
+    persistent_buffers,
+    plan_hub_model,
+    save_hub_model,
+)
+from hf_speed.integrations.transformers.loading import load_whole
+
+
+def file_dtype(engine: Engine) -> torch.dtype | None:
+    """The dtype of floating-point weights in files; None: the one that they compute in."""
+    config = engine.config
+    return None if config.compute_dtype in (None, config.param_dtype) else config.param_dtype
+
+
+def full_weights(engine: Engine, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) of parameters, the precise ones where there are masters; each valid until the next.
+
+    Collective, unit by unit.
+    """
+    chosen = None if names is None else list(names)
+    return engine.full_parameters(chosen, master=file_dtype(engine) is not None)
+
+
+def full_state_dict(engine: Engine) -> dict[str, Tensor]:
+    """What `model.state_dict()` would be. Collective.
+
+    Stages 0 to 2: on every rank, without a copy where no dtype changes. Stage 3: on rank 0 in host memory, and {} on the
+    others.
+    """
+    is_sharded = engine.config.stage == 3
+    keeps = not is_sharded or engine.mesh.world.rank == 0
+    dtype = file_dtype(engine)
+    weights: dict[str, Tensor] = {}
+    for name, value in full_weights(engine):
+        if keeps:
+            kept = value.detach().to(dtype=dtype) if dtype is not None and value.is_floating_point() else value.detach()
+            weights[name] = kept.to("cpu", copy=True) if is_sharded else kept
+    if not keeps:
+        return {}
+    weights |= {name: buffer.detach() for name, buffer in persistent_buffers(engine.model)}
+    return {key: weights[known] for key, known in _state_keys(engine.model) if known in weights}
+
+
+def _state_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(state dict key, the name under which the same tensor is known first), in the order of `state_dict()`."""
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                yield prefix + key, first.setdefault(id(tensor), prefix + key)
+
+
+def write_model(engine: Engine, directory: str, *, max_shard_bytes: int | None = None) -> None:
+    """Write the model for the Hub: every rank its own files. Adapters in PEFT's layout, from rank 0. Collective."""
+    if is_peft(engine.model):
+        state = adapter_state(engine)
+        if engine.mesh.world.rank == 0:
+            model: Any = engine.model
+            model.save_pretrained(directory, state_dict=state)
+        return
+    save_hub_model(
+        engine.model,
+        directory,
+        full_weights(engine),
+        world=engine.mesh.world,
+        max_shard_bytes=max_shard_bytes or engine.config.max_shard_bytes,
+        dtype=file_dtype(engine),
+    )
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether PEFT saves this model: a PeftModel, or a transformers model that adapters were added to."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The parameters that PEFT may save: everything but the frozen weights of the base model."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or prefix in name or "modules_to_save" in name
+    ]
+
+
+def adapter_state(engine: Engine) -> dict[str, Tensor]:
+    """The full tensors that PEFT may save, on rank 0 in host memory; {} on the others. Collective."""
+    keeps = engine.mesh.world.rank == 0
+    names = adapter_names(engine.model)
+    state = {name: value.detach().to("cpu", copy=True) for name, value in full_weights(engine, names) if keeps}
+    return state | {name: buffer for name, buffer in persistent_buffers(engine.model) if keeps}
+
+
+def has_engine_state(directory: str) -> bool:
+    """Whether a checkpoint holds hf_speed's own state, saved to the end."""
+    return os.path.isfile(os.path.join(directory, MANIFEST_PATH))
+
+
+def load_weights(engine: Engine, directory: str) -> None:
+    """Put a Hub model's weights into an engine, each rank reading what it holds. Collective.
+
+    Masters that the checkpoint keeps beside them win: they have the bits that 16-bit files lack.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
+    """
+    model = engine.model
+    plan = plan_hub_model(model, dtype=file_dtype(engine))
+    if all(group.is_rename or not group.targets for group in plan.groups):
+        files = HubFiles(directory, plan)
+        engine.load_parameters(files.read)
+        for name, buffer in persistent_buffers(model):
+            value = files.read(name, 0, buffer.numel())
+            if value is not None:
+                buffer.copy_(value.view(buffer.shape))
+    elif isinstance(model, PreTrainedModel):
+        # Fused experts and the like: transformers converts.
+        load_whole(engine, directory, dtype=file_dtype(engine) or engine.config.param_dtype)
+    if has_engine_state(directory):
+        with StateReader(directory) as reader:
+            engine.load_parameters(lambda name, start, numel: reader.read(name, "master", start, numel))
+
+
+class HubFiles:
+    """The safetensors files of a Hub model, read by the names and intervals that an engine asks for.
+
+    Args:
+        directory: holds model.safetensors, or an index and its files.
+        plan: of the same model; says under which name a parameter is stored.
+    """
+
+    def __init__(self, directory: str, plan: ModelPlan) -> None:
+        self._directory = directory
+        self._target_of = {group.sources[0]: group.targets[0] for group in plan.groups if group.targets}
+        self._aliases = plan.aliases
+        self._file_of = _weight_map(directory)
+        self._open: dict[str, Any] = {}
+
+    def read(self, name: str, start: int, numel: int) -> Tensor | None:
+        """[start, start + numel) of the flattened tensor; None for what a model does not save.
+
+        Raises:
+            CheckpointError: it is not there, or of another size.
+        """
+        target = self._target_of.get(self._aliases.get(name, name))
+        if target is None:
+            return None
+        if target not in self._file_of:
+            raise CheckpointError(
+                f"{self._directory} has no tensor {target}, which this model needs: it is of another model."
+            )
+        path = os.path.join(self._directory, self._file_of[target])
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            return self._interval(self._open[path], target, start, numel)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}, which holds {target}, cannot be read: {error}.") from error
+
+    def _interval(self, file: Any, target: str, start: int, numel: int) -> Tensor:
+        stored = file.get_slice(target)
+        shape = stored.get_shape()
+        row = torch.Size(shape[1:]).numel()
+        if start + numel > torch.Size(shape).numel():
+            raise CheckpointError(
+                f"{target} in {self._directory} has shape {tuple(shape)}, too small for this model's: it is of another "
+                f"model."
+            )
+        if not shape:
+            return file.get_tensor(target).reshape(1)
+        if row == 0 or numel == 0:
+            return file.get_tensor(target).reshape(-1)[:0]
+        first, last = start // row, -(-(start + numel) // row)
+        return stored[first:last].reshape(-1)[start - first * row :][:numel]
+
+
+def _weight_map(directory: str) -> dict[str, str]:
+    """Tensor name -> file name."""
+    index = os.path.join(directory, INDEX_NAME)
+    single = os.path.join(directory, SINGLE_NAME)
+    try:
+        if os.path.isfile(index):
+            with open(index, encoding="utf-8") as text:
+                return dict(json.load(text)["weight_map"])
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE_NAME)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory} holds no readable Hub model: {error}.") from error

@@ -200,3 +200,37 @@ def test_model_that_differs_from_its_plan_is_refused(
     with pytest.raises(CheckpointError, match=message):
         write_model(tmp_path, plan_of(2), parameters, world=IDENTITY)
     assert list(tmp_path.iterdir()) == []
+
+
+def _save_until_killed(directory: str, delay_s: float) -> None:
+    """Save again and again: whole checkpoints side by side, and states one over the other."""
+    root = Path(directory)
+    value = 1.0
+    save(root / "checkpoint-1", IDENTITY, value)
+    write_states(root / "same", states_of(IDENTITY, value), {"value": value}, world=IDENTITY)
+    # The default action ends the process at once, like SIGKILL, wherever it is.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, delay_s)
+    while True:
+        value += 1
+        save(root / f"checkpoint-{value:.0f}", IDENTITY, value)
+        write_states(root / "same", states_of(IDENTITY, value), {"value": value}, world=IDENTITY)
+
+
+@pytest.mark.parametrize("delay_s", [0.003, 0.011, 0.023, 0.037, 0.059, 0.083])
+def test_kill_at_any_moment_leaves_whole_checkpoints(delay_s: float, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="exit code -14"):
+        run_ranks(_save_until_killed, 1, str(tmp_path), delay_s, backend=None)
+    saved = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in saved[:-1]:
+        check(path, float(path.name.split("-")[1]))
+    try:
+        check(saved[-1], float(len(saved)))
+    except CheckpointError as error:
+        assert "training state" in str(error) or "was not saved to the end" in str(error)  # noqa: PT017
+    with StateReader(tmp_path / "same") as reader:
+        value = reader.meta["value"]
+        assert value in (len(saved) - 1, len(saved))
+        read = reader.read("w", "master", 0, 2 * NUMEL)
+        assert read is not None
+        assert bool((read == value).all())

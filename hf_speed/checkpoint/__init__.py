@@ -4,6 +4,7 @@ from hf_speed.checkpoint.manifest import Entry, Manifest, Piece
 from hf_speed.checkpoint.model_writer import write_model
 from hf_speed.checkpoint.plan import ModelPlan, PlannedFile, TensorGroup
 from hf_speed.checkpoint.reader import StateReader, read_manifest
+from hf_speed.checkpoint.staging import agreed
 from hf_speed.checkpoint.tensorfile import TensorSpec
 from hf_speed.checkpoint.writer import LocalState, write_states
 
@@ -17,6 +18,7 @@ __all__ = [
     "StateReader",
     "TensorGroup",
     "TensorSpec",
+    "agreed",
     "read_manifest",
     "write_model",
     "write_states",

@@ -101,7 +101,7 @@ class TensorFile:
             )
         if spec.nbytes:
             flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
-            self._write_at(self._offsets[name], memoryview(flat.numpy()))
+            self._write_at(self._offsets[name], flat.numpy().data)
         self._missing.discard(name)
 
     def close(self) -> None:

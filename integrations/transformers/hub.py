@@ -130,7 +130,7 @@ def write_configs(model: nn.Module, directory: Path, plan: ModelPlan) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = _main_dtype(plan)
     # A leftover of sharded loading would make from_pretrained look for a process group.

@@ -3,14 +3,16 @@
 Each returns a Pending: started, not waited for. Over a group of size 1 the result is the input and
 nothing is sent.
 
-gloo's reduce-scatter is an all-reduce underneath (1.0 instead of (N-1)/N of the buffer at N = 2,
-1.5 instead of 0.75 at N = 4). Here a reduction is an all-to-all of the slices followed by a sum in
-fp32 on the receiver, in rank order: the ideal bytes, an exact order, and no 16-bit partial sums.
-NCCL's own reduce-scatter serves fp32 buffers, where its partial sums lose nothing.
+On a CPU (gloo) gathers and reductions are direct exchanges of slices between all pairs of ranks.
+gloo's own reduce-scatter is an all-reduce underneath (1.0 instead of (N-1)/N of the buffer at N = 2,
+1.5 instead of 0.75 at N = 4), and its all-gather costs twice the CPU time of the plain exchange. A
+reduction is summed by the receiver in fp32 and in rank order: the ideal bytes, an exact order, and
+no 16-bit partial sums. On CUDA the same holds for 16-bit buffers, as an all-to-all; fp32 ones, where
+partial sums lose nothing, use NCCL's own.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,38 +22,36 @@ from hf_speed.errors import MeshError
 from hf_speed.mesh.axes import AxisGroup
 from hf_speed.mesh.journal import Journal
 
+T = TypeVar("T")
 
 # torch 2.13 renamed them and warns at the old names, which are the only ones in 2.11.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Pending:
+class Pending(Generic[T]):
     """A started collective. `wait()` finishes it and returns its result; call it once or more."""
 
     def __init__(
-        self,
-        work: dist.Work | None,
-        finish: Callable[[], Tensor],
-        *,
-        what: str = "",
+        self, works: Sequence[dist.Work], finish: Callable[[], T], *, what: str = ""
     ) -> None:
-        self._work = work
-        self._finish: Callable[[], Tensor] | None = finish
+        self._works = works
+        self._finish: Callable[[], T] | None = finish
         self._what = what
-        self._result: Tensor | None = None
+        self._result: T | None = None
 
-    def wait(self) -> Tensor:
+    def wait(self) -> T:
         """Block (on CUDA: make the current stream wait) until the result may be read.
 
         Raises:
             MeshError: the backend failed: a peer died, or did not join within the timeout.
         """
         if self._finish is not None:
-            if self._work is not None:
-                guard(self._what, self._work.wait)
+            for work in self._works:
+                guard(self._what, work.wait)
             self._result = self._finish()
-            self._work = self._finish = None
+            self._works = ()
+            self._finish = None
         if self._result is None:
             raise MeshError(f"{self._what} failed before; its result does not exist.")
         return self._result
@@ -68,7 +68,7 @@ def guard(what: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - passes t
         ) from error
 
 
-def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pending:
+def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pending[Tensor]:
     """Fill `full` from the slice that each rank holds of it.
 
     Args:
@@ -83,32 +83,33 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
     """
     what = f"all_gather of {full.nbytes} bytes over {group.label}"
     if group.is_identity:
-        return Pending(None, lambda: full, what=what)
-    part = _part_numel(full, group)
-    mine = full[group.rank * part : (group.rank + 1) * part]
-    journal.note(
-        "all_gather", group, num_bytes=full.nbytes, sent=mine.nbytes * (group.size - 1)
-    )
-    work = guard(
-        what,
-        lambda: _ALL_GATHER(full, mine, group=group.group, async_op=True),
-    )
-    return Pending(work, lambda: full, what=what)
+        return Pending((), lambda: full, what=what)
+    parts = _parts(full, group)
+    mine = parts[group.rank]
+    journal.note("all_gather", group, num_bytes=full.nbytes, sent=mine.nbytes * (group.size - 1))
+    if full.is_cuda:
+        works = [
+            guard(what, lambda: _ALL_GATHER(full, mine, group=group.group, async_op=True))
+        ]
+    else:
+        works = _exchange([mine] * group.size, parts, group=group, what=what)
+    return Pending(works, lambda: full, what=what)
 
 
 def reduce_scatter_flat(
     send: Tensor, *, group: AxisGroup, journal: Journal, receive: Tensor | None = None
-) -> Pending:
+) -> Pending[list[Tensor]]:
     """Bring together the shares of this rank's slice of the sum of `send` over `group`.
 
     Args:
-        send: (group.size * n,) contiguous, any float dtype; must not be written before `wait()`.
+        send: (group.size * n,) contiguous, any float dtype; must not be written before the result
+            is used up, which may look into it.
         receive: (group.size * n,) scratch of the same dtype; made here if None.
 
     Returns:
-        Pending of (m, n) in send.dtype, whose sum over the first dim is this rank's slice: see
-        `sum_parts`. m is group.size, or 1 where the backend has summed. One reduce-scatter of
-        send.nbytes: (size - 1) / size of it is sent.
+        Pending of tensors (n,) in send.dtype, in rank order, whose sum is this rank's slice: see
+        `sum_parts`. A single one where the backend has summed. One reduce-scatter of send.nbytes:
+        (size - 1) / size of it is sent.
 
     Raises:
         MeshError: send.numel() is not a multiple of group.size.
@@ -116,31 +117,50 @@ def reduce_scatter_flat(
     """
     what = f"reduce_scatter of {send.nbytes} bytes over {group.label}"
     if group.is_identity:
-        return Pending(None, lambda: send.view(1, -1), what=what)
-    part = _part_numel(send, group)
-    sent = part * send.element_size() * (group.size - 1)
+        return Pending((), lambda: [send], what=what)
+    slices = _parts(send, group)
+    sent = slices[0].nbytes * (group.size - 1)
     journal.note("reduce_scatter", group, num_bytes=send.nbytes, sent=sent)
     if send.is_cuda and send.dtype == torch.float32:
-        mine = send.new_empty(part)
-        work = guard(
-            what,
-            lambda: _REDUCE_SCATTER(mine, send, group=group.group, async_op=True),
-        )
-        return Pending(work, lambda: mine.view(1, part), what=what)
+        mine = torch.empty_like(slices[0])
+        work = guard(what, lambda: _REDUCE_SCATTER(mine, send, group=group.group, async_op=True))
+        return Pending([work], lambda: [mine], what=what)
     received = torch.empty_like(send) if receive is None else receive
-    work = guard(
-        what, lambda: dist.all_to_all_single(received, send, group=group.group, async_op=True)
-    )
-    return Pending(work, lambda: received.view(group.size, part), what=what)
+    shares = _parts(received, group)
+    if send.is_cuda:
+        work = guard(
+            what, lambda: dist.all_to_all_single(received, send, group=group.group, async_op=True)
+        )
+        return Pending([work], lambda: shares, what=what)
+    works = _exchange(slices, shares, group=group, what=what)
+    shares[group.rank] = slices[group.rank]
+    return Pending(works, lambda: shares, what=what)
 
 
-def sum_parts(parts: Tensor, *, out: Tensor, accumulate: bool, scale: float) -> None:
-    """`out` = (or, with `accumulate`, +=) scale * sum of `parts` over its first dim.
+def _exchange(
+    outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, group: AxisGroup, what: str
+) -> list[dist.Work]:
+    """Send outgoing[peer] to, and receive incoming[peer] from, every peer; own slices stay."""
+    peers = [(group.rank + step) % group.size for step in range(1, group.size)]
 
-    The sum is taken in fp32 and in rank order, whatever the dtypes.
+    def start() -> list[dist.Work]:
+        # Receives first: a send that finds its receive posted needs no handshake.
+        receives = [
+            dist.irecv(incoming[peer], group=group.group, group_src=peer) for peer in peers
+        ]
+        sends = [dist.isend(outgoing[peer], group=group.group, group_dst=peer) for peer in peers]
+        return [work for work in (*receives, *sends) if work is not None]
+
+    return guard(what, start)
+
+
+def sum_parts(parts: Sequence[Tensor], *, out: Tensor, accumulate: bool, scale: float) -> None:
+    """`out` = (or, with `accumulate`, +=) scale * sum of `parts`.
+
+    The sum is taken in fp32 and in the order given, whatever the dtypes.
 
     Args:
-        parts: (m, n).
+        parts: each (n,).
         out: (n,).
     """
     if out.dtype != torch.float32:
@@ -150,7 +170,8 @@ def sum_parts(parts: Tensor, *, out: Tensor, accumulate: bool, scale: float) -> 
         return
     rest = list(parts)
     if not accumulate:
-        if len(rest) > 1 and parts.dtype == torch.float32 and scale == 1.0:
+        exact = all(part.dtype == torch.float32 for part in parts) and scale == 1.0
+        if len(rest) > 1 and exact:
             torch.add(rest.pop(0), rest.pop(0), out=out)
         else:
             out.copy_(rest.pop(0))
@@ -160,36 +181,35 @@ def sum_parts(parts: Tensor, *, out: Tensor, accumulate: bool, scale: float) -> 
         out.add_(part, alpha=scale)
 
 
-def all_reduce_flat(send: Tensor, *, group: AxisGroup, journal: Journal) -> Pending:
+def all_reduce_flat(send: Tensor, *, group: AxisGroup, journal: Journal) -> Pending[Tensor]:
     """Sum `send` over `group` in place: 2 (N-1)/N of send.nbytes.
 
-    fp32 buffers use the backend's all-reduce. 16-bit ones are summed in fp32 on the rank that owns
-    a slice, then gathered, rounded once to their dtype.
+    A reduce-scatter and an all-gather. The second starts when the first is waited for.
 
     Args:
-        send: (group.size * n,) contiguous; overwritten with the sum.
+        send: (group.size * n,) contiguous; overwritten with the sum, rounded to its dtype.
 
     Returns:
         Pending of `send`.
     """
     what = f"all_reduce of {send.nbytes} bytes over {group.label}"
     if group.is_identity:
-        return Pending(None, lambda: send, what=what)
-    part = _part_numel(send, group)
-    if send.dtype == torch.float32:
-        sent = 2 * part * send.element_size() * (group.size - 1)
+        return Pending((), lambda: send, what=what)
+    if send.is_cuda and send.dtype == torch.float32:
+        sent = 2 * send.nbytes // group.size * (group.size - 1)
         journal.note("all_reduce", group, num_bytes=send.nbytes, sent=sent)
         work = guard(what, lambda: dist.all_reduce(send, group=group.group, async_op=True))
-        return Pending(work, lambda: send, what=what)
+        return Pending([work], lambda: send, what=what)
     shares = reduce_scatter_flat(send, group=group, journal=journal)
 
     def finish() -> Tensor:
-        mine = torch.empty(part, dtype=torch.float32, device=send.device)
-        sum_parts(shares.wait(), out=mine, accumulate=False, scale=1.0)
-        send[group.rank * part : (group.rank + 1) * part].copy_(mine)
+        mine = _parts(send, group)[group.rank]
+        total = torch.empty_like(mine, dtype=torch.float32)
+        sum_parts(shares.wait(), out=total, accumulate=False, scale=1.0)
+        mine.copy_(total)
         return all_gather_flat(send, group=group, journal=journal).wait()
 
-    return Pending(None, finish, what=what)
+    return Pending((), finish, what=what)
 
 
 def all_reduce_small(
@@ -239,11 +259,12 @@ def agree(error: BaseException | None, *, group: AxisGroup) -> str | None:
     return next((each for each in everyone if each is not None), None)
 
 
-def _part_numel(buffer: Tensor, group: AxisGroup) -> int:
+def _parts(buffer: Tensor, group: AxisGroup) -> list[Tensor]:
+    """The slices of a flat buffer, one for each rank, as views."""
     part, rest = divmod(buffer.numel(), group.size)
     if rest or buffer.dim() != 1 or not buffer.is_contiguous():
         raise MeshError(
             f"A buffer of shape {tuple(buffer.shape)} cannot be cut in {group.size} equal slices "
             f"over {group.label}: it must be flat, contiguous and a multiple of the group's size."
         )
-    return part
+    return [buffer[rank * part : (rank + 1) * part] for rank in range(group.size)]

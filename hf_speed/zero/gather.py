@@ -45,7 +45,7 @@ class Unit:
         self.groups = tuple(groups)
         self.sharded = tuple(group for group in groups if group.is_sharded)
         self.pins = 0
-        self.pending: list[tuple[FlatGroup, Pending]] = []
+        self.pending: list[tuple[FlatGroup, Pending[Tensor]]] = []
         self.is_open = False
 
     @property

@@ -127,6 +127,11 @@ class FlatGroup:
         """This rank's part of a full flat buffer."""
         return full[self.interval[0] : self.interval[1]]
 
+    def replica_slice(self, full: Tensor) -> Tensor:
+        """The slice of a full flat buffer that this replica sums where nothing is divided."""
+        numel = full.numel() // self.axes.replica.size
+        return full[self.axes.replica.rank * numel : (self.axes.replica.rank + 1) * numel]
+
     def slot_view(self, full: Tensor, slot: Slot) -> Tensor:
         """One parameter's values in a full flat buffer, in its true shape."""
         return full[slot.start : slot.start + slot.numel].view(slot.shape)

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from hf_speed.mesh.collectives import (
     Pending,
+    all_gather_flat,
     all_reduce_flat,
     reduce_scatter_flat,
     sum_parts,
@@ -267,13 +268,15 @@ class Reducer:
         self._in_flight.append(self._start(collection, send))
 
     def _start(self, collection: Collection, send: Tensor) -> "InFlight":
+        """Begin a reduction: between the ranks that divide the group, or that repeat it (stage 0)."""
         group = collection.group
-        if group.axes.reduce.is_identity:
-            pending = all_reduce_flat(send, group=group.axes.replica, journal=self._journal)
-            return InFlight(collection, send, None, pending)
         receive = self._pool.take(send.numel(), send.dtype)
+        whole = group.axes.reduce.is_identity
         pending = reduce_scatter_flat(
-            send, group=group.axes.reduce, journal=self._journal, receive=receive
+            send,
+            group=group.axes.replica if whole else group.axes.reduce,
+            journal=self._journal,
+            receive=receive,
         )
         return InFlight(collection, send, receive, pending)
 
@@ -281,36 +284,34 @@ class Reducer:
         """Finish the oldest reduction: its mean over all data-parallel ranks joins group.grad."""
         collection, send, receive, pending = self._in_flight.popleft()
         group = collection.group
-        parts = pending.wait().view(-1, group.layout.part_numel)
+        shares = pending.wait()
         if group.grad is None:
             group.grad = torch.empty(
                 group.layout.part_numel, dtype=group.dtypes.accumulate, device=group.device
             )
-        if group.axes.replica.is_identity or group.axes.reduce.is_identity:
-            sum_parts(
-                parts, out=group.grad, accumulate=collection.holds, scale=collection.late_scale
-            )
-        else:
-            self._settle_over_replicas(collection, parts)
-        collection.holds = True
-        del parts, pending
-        self._pool.give(send)
-        if receive is not None:
-            self._pool.give(receive)
-
-    def _settle_over_replicas(self, collection: Collection, parts: Tensor) -> None:
-        """Hybrid sharding: this rank's slice is summed over the ranks that hold the same slice."""
-        group = collection.group
-        total = torch.empty_like(parts[0], dtype=torch.float32)
-        sum_parts(parts, out=total, accumulate=False, scale=1.0)
-        share = total.to(group.dtypes.wire)
-        summed = all_reduce_flat(share, group=group.axes.replica, journal=self._journal).wait()
+        if not group.axes.replica.is_identity:
+            shares = [self._sum_over_replicas(group, send, shares)]
         sum_parts(
-            summed.view(1, -1),
-            out=self._grad_of(group),
-            accumulate=collection.holds,
-            scale=collection.late_scale,
+            shares, out=group.grad, accumulate=collection.holds, scale=collection.late_scale
         )
+        collection.holds = True
+        del shares, pending
+        self._pool.give(send)
+        self._pool.give(receive)
+
+    def _sum_over_replicas(self, group: FlatGroup, send: Tensor, shares: list[Tensor]) -> Tensor:
+        """The sum over all ranks of this rank's part, from the shares that it has received."""
+        if group.axes.reduce.is_identity:
+            # Stage 0: each replica has summed a slice; the slices come together in `send`.
+            mine = group.replica_slice(send)
+            total = torch.empty_like(mine, dtype=torch.float32)
+            sum_parts(shares, out=total, accumulate=False, scale=1.0)
+            mine.copy_(total)
+            return all_gather_flat(send, group=group.axes.replica, journal=self._journal).wait()
+        total = torch.empty(group.layout.part_numel, dtype=torch.float32, device=group.device)
+        sum_parts(shares, out=total, accumulate=False, scale=1.0)
+        share = total.to(group.dtypes.wire)
+        return all_reduce_flat(share, group=group.axes.replica, journal=self._journal).wait()
 
     def _grad_of(self, group: FlatGroup) -> Tensor:
         if group.grad is None:
@@ -342,5 +343,5 @@ class InFlight(NamedTuple):
 
     collection: Collection
     send: Tensor
-    receive: Tensor | None
-    pending: Pending
+    receive: Tensor
+    pending: Pending[list[Tensor]]

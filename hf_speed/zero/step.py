@@ -156,7 +156,7 @@ class Stepper:
 
     def spread(self) -> None:
         """Bring the working values of all ranks up to date with the masters. Collective."""
-        pending: list[Pending] = []
+        pending: list[Pending[Tensor]] = []
         for group in self._groups:
             if group.full is None or not group.resident:
                 continue

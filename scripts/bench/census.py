@@ -8,6 +8,7 @@ seen; gradients, whose Python object may not exist yet, are asked for by name.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -25,8 +26,8 @@ def _storage(tensor: Tensor) -> tuple[int, int] | None:
         return None
 
 
-def live_bytes(model: nn.Module | None = None, *, collect: bool = True) -> int:
-    """Count the bytes of all storages that live tensors of this process keep.
+def live_storages(model: nn.Module | None = None, *, collect: bool = True) -> dict[int, int]:
+    """Give the bytes of every storage that live tensors of this process keep, by address.
 
     Args:
         model: its parameters' gradients are counted even where no Python object holds them yet.
@@ -35,12 +36,20 @@ def live_bytes(model: nn.Module | None = None, *, collect: bool = True) -> int:
     held = [] if model is None else [p.grad for p in model.parameters() if p.grad is not None]
     if collect:
         gc.collect()
+    # type(), not isinstance: isinstance wakes lazy proxies that libraries leave in the heap.
+    return storages_of(x for x in [*gc.get_objects(), *held] if issubclass(type(x), Tensor))
+
+
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Give the bytes of the storages under `tensors`, by address: views of one count once."""
     found: dict[int, int] = {}
-    for item in [*gc.get_objects(), *held]:
-        # type(), not isinstance: isinstance wakes lazy proxies that libraries leave in the heap.
-        if not issubclass(type(item), Tensor):
-            continue
-        storage = _storage(item)
+    for tensor in tensors:
+        storage = _storage(tensor)
         if storage is not None and storage[0] != 0:
             found[storage[0]] = max(found.get(storage[0], 0), storage[1])
-    return sum(found.values())
+    return found
+
+
+def live_bytes(model: nn.Module | None = None, *, collect: bool = True) -> int:
+    """Add up `live_storages`."""
+    return sum(live_storages(model, collect=collect).values())

@@ -17,12 +17,11 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 import census
 import peers
+import torch
 from workload import Shape, make_batch
 
 REPLY_S = 600.0
@@ -61,28 +60,12 @@ class _Worker:
         self._sync()
         return time.perf_counter() - start, float(loss)
 
-    def memory(self) -> tuple[int, int]:
-        """Train a step; give live bytes (at the end of its backward, at the peak within it).
-
-        The peak is the largest count taken when a block's backward begins.
-        """
-        model, seen = self.system.model, [0]
-
-        def look(_: torch.Tensor) -> None:
-            # No collection here: it would clear nodes of the graph that is running.
-            seen.append(census.live_bytes(model, collect=False) - self.before)
-
-        def watch(_: object, __: object, output: torch.Tensor) -> None:
-            output.register_hook(look)
-
-        blocks = [m for m in model.modules() if type(m).__name__.endswith("LlamaDecoderLayer")]
-        handles = [block.register_forward_hook(watch) for block in blocks]
+    def memory(self) -> int:
+        """Train a step; give the live bytes at the end of its backward."""
         self.system.backward(self.ids)
-        for handle in handles:
-            handle.remove()
-        backward = census.live_bytes(model) - self.before
+        alive = census.live_bytes(self.system.model) - self.before
         self.system.update()
-        return backward, max(backward, *seen)
+        return alive
 
     def _sync(self) -> None:
         if self.job.device == "cuda":
@@ -160,7 +143,7 @@ class Group:
         """Wait until every rank has built its system."""
         self._collect()
 
-    def call(self, name: str, *args: int) -> list[tuple[float, ...]]:
+    def call(self, name: str, *args: int) -> list[Any]:
         """Run a command on every rank at once; give their answers in rank order."""
         for pipe in self._pipes:
             pipe.send((name, *args))
@@ -180,7 +163,7 @@ class Group:
             if process.is_alive():
                 process.kill()
 
-    def _collect(self) -> list[tuple[float, ...]]:
+    def _collect(self) -> list[Any]:
         answers = []
         for rank, pipe in enumerate(self._pipes):
             try:

@@ -68,3 +68,9 @@ def describe(shape: Shape, dtype: str, ranks: int) -> str:
     millions = num_parameters(shape) / 1e6
     short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     return f"Llama {millions:.0f}M {short} x{ranks}"
+
+
+def num_block_parameters(shape: Shape) -> int:
+    """Count the elements of one transformer block."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(shape).model.layers[0].parameters())

@@ -67,12 +67,13 @@ def _home_of(name: str) -> str:
             return "hf_speed.integrations.accelerate"
         case "export":
             return "hf_speed.checkpoint.export"
-        case "engine_of" | "gathered":
-            return "hf_speed.engine"
-        case _ if name.startswith(("get_full_", "set_full_")):
-            return "hf_speed.engine"
-        case _:
-            return "hf_speed.integrations.transformers"
+        case "enable" | "disable":
+            # The module: on its package, once imported, it hides the function of the same name.
+            return "hf_speed.integrations.transformers.enable"
+    of_trainer = name in {"Trainer", "TrainingArguments", "from_pretrained"}
+    if of_trainer or name.startswith("integrate_"):
+        return "hf_speed.integrations.transformers"
+    return "hf_speed.engine"
 
 
 def __getattr__(name: str) -> object:

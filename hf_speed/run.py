@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
         ConfigError: no script is given or it does not exist; HF_SPEED_CONFIG is unset or wrong; the
             world is not the one that `hf-speed launch` promised.
     """
-    from hf_speed.integrations.transformers import disable, enable
+    from hf_speed import disable, enable
 
     if not arguments:
         raise ConfigError("No script given. Use: accelerate launch -m hf_speed.run train.py ...")

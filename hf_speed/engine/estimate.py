@@ -53,8 +53,8 @@ def estimate_states(
     """Estimate stages 0, 1, 2 and 3.
 
     Args:
-        units: the parameters of each unit, as `zero.units` plans them: the root, which stays gathered
-            from the start of the forward to the end of the backward, comes last.
+        units: the parameters of each unit, as `zero.units` plans them: the root, which stays
+            gathered from the start of the forward to the end of the backward, comes last.
         num_shards: ranks that share one copy of the state (mesh.dp_shard).
         masters: 16-bit parameters have a float32 copy.
         num_moments: tensors that the optimizer keeps per parameter (Adam 2, momentum 1, SGD 0).

@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from hf_speed.config import ResolvedConfig, SpeedConfig
 from hf_speed.engine.access import Access
 from hf_speed.engine.assemble import Callbacks, Parts, assemble
 from hf_speed.engine.binding import OptimizerBinding
+from hf_speed.engine.generation import unwrap_generate, wrap_generate
 from hf_speed.engine.link import attach_link, engine_of, remove_link
 from hf_speed.engine.report import peak_bytes
 from hf_speed.engine.state import load_engine, save_engine
@@ -114,6 +115,10 @@ class Engine:
         )
         self._access = Access(self._parts, self.model)
         self._link = attach_link(self.model, self)
+        sharded = any(group.is_sharded for group in self._parts.groups)
+        self._generating = (
+            wrap_generate(self.model, self.gathered, self.config.generate) if sharded else []
+        )
 
     @property
     def config(self) -> ResolvedConfig:
@@ -347,10 +352,6 @@ class Engine:
             peak_bytes=peak_bytes(self._device),
         )
 
-    def pinned(self) -> AbstractContextManager[None]:
-        """All parameters whole while inside, for example to generate text. Collective."""
-        return self.gathered()
-
     def _check_in_place(self) -> None:
         for group in self._parts.groups:
             group.check_in_place()
@@ -365,6 +366,7 @@ class Engine:
             full = self._access._full_values(group, master=True)
             group.restore(full)
         self._parts.hooks.remove()
+        unwrap_generate(self._generating)
         remove_link(self.model, self._link)
         self._parts.mesh.close()
 

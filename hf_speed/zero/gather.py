@@ -48,6 +48,10 @@ class Unit:
         self.pending: list[tuple[FlatGroup, Pending[Tensor]]] = []
         self.is_open = False
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Unit":
+        """Copies of the model carry inert hooks, which only name the unit."""
+        return self
+
     @property
     def in_flight(self) -> bool:
         """Whether its values are here or on their way."""
@@ -116,6 +120,11 @@ class Gatherer:
 
     def enter(self, unit: Unit) -> None:
         """Return with the unit's values in place; start the gathers of those that follow."""
+        self.announce(unit)
+        self._open(unit)
+
+    def announce(self, unit: Unit) -> None:
+        """Start the gathers up to this unit and of those that follow; waits for none."""
         place = self._place.get(unit)
         if place is None:
             self._start(unit)
@@ -132,7 +141,6 @@ class Gatherer:
             self._start(unit)
             for ahead in self._order[place + 1 : place + 1 + self._prefetch_units]:
                 self._start(ahead)
-        self._open(unit)
 
     def leave(self, unit: Unit) -> None:
         """Let go of a unit's values unless a scope holds on to them."""

@@ -56,6 +56,7 @@ class UnitHooks:
         on_backward_end: Callable[[], None],
     ) -> None:
         self.phase = Phase.IDLE
+        self._is_copy = False
         self._gatherer = gatherer
         self._reducer = reducer
         self._regather = regather
@@ -85,6 +86,13 @@ class UnitHooks:
                 hook = partial(self._on_gradient, group, index)
                 self._handles.append(entry.parameter.register_post_accumulate_grad_hook(hook))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UnitHooks":
+        """A copy of the model is a plain model: the hooks copied with it do nothing."""
+        inert = UnitHooks.__new__(UnitHooks)
+        inert._is_copy = True
+        memo[id(self)] = inert
+        return inert
+
     def remove(self) -> None:
         """Take every hook off again."""
         for handle in self._handles:
@@ -98,11 +106,12 @@ class UnitHooks:
         self._depth = 0
 
     def _before_forward(self, unit: Unit, module: nn.Module, args: object) -> None:  # noqa: ARG002
+        if self._is_copy:
+            return
         if self.phase is Phase.BACKWARD and torch._C._current_graph_task_id() == -1:
             self.abandon()
         if self.phase is Phase.BACKWARD:
-            self._gatherer.release_passed(unit)
-            self._gatherer.enter(unit)
+            self._come_to(unit)
             return
         if self._depth == 0:
             self._open_pass(unit)
@@ -133,6 +142,8 @@ class UnitHooks:
         args: object,  # noqa: ARG002
         output: object,
     ) -> None:
+        if self._is_copy:
+            return
         if self.phase is Phase.BACKWARD:
             self._watch_outputs(unit, output)
             return
@@ -158,7 +169,16 @@ class UnitHooks:
 
     def _before_backward(self, unit: Unit, gradient: Tensor) -> None:  # noqa: ARG002
         self._begin_backward()
+        self._come_to(unit)
+
+    def _come_to(self, unit: Unit) -> None:
+        """The backward reaches a unit: those behind it are done."""
         self._gatherer.release_passed(unit)
+        # In this order ranks that run different blocks never block each other: a reduction may wait
+        # for a rank that needs these gathers, a gather for a rank that waits for these reductions.
+        self._gatherer.announce(unit)
+        if not unit.is_root:
+            self._reducer.leave_behind(unit.groups)
         self._gatherer.enter(unit)
 
     def _begin_backward(self) -> None:
@@ -175,8 +195,9 @@ class UnitHooks:
 
     def _end_backward(self) -> None:
         self._gatherer.finish()
-        self._gatherer.release_all()
+        # Before anything waits for a gather: other ranks may wait for these reductions first.
         self._reducer.finish()
+        self._gatherer.release_all()
         self.phase = Phase.IDLE
         self._on_backward_end()
 

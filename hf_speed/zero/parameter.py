@@ -74,7 +74,8 @@ class ShardedParameter(nn.Parameter):
         if func in cls._metadata:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        released = next(_released(args), None) or next(_released((kwargs or {}).values()), None)
+        # Not `or`: the truth of a parameter is one of the reads that end here.
+        released = next(_released([*args, *(kwargs or {}).values()]), None)
         raise _read_error(released, getattr(func, "__name__", str(func)))
 
 

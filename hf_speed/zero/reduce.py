@@ -12,7 +12,7 @@ locally while `sync` is off (no_sync, accumulation) and reduce once.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,14 +100,16 @@ class Reducer:
         self._pool = pool
         self._journal = journal
         self._each_backward = each_backward
+        self._place = {each.group: place for place, each in enumerate(self._collections)}
         self._next = 0
+        self._num_passed = 0
         self._in_flight: deque[InFlight] = deque()
         self._reducing = True
 
     def begin(self, *, sync: bool) -> None:
         """Start a backward. Gradients that the user has cleared since are not added to."""
         self._reducing = sync or self._each_backward
-        self._next = 0
+        self._next = self._num_passed = 0
         cleared = self._all_cleared()
         for collection in self._collections:
             collection.arrived.clear()
@@ -142,6 +144,17 @@ class Reducer:
             torch.mul(gradient, collection.early_scale, out=collection.target(index))
         collection.arrived.add(index)
         if collection.is_complete:
+            self._launch_ready()
+
+    def leave_behind(self, groups: Sequence[FlatGroup]) -> None:
+        """The backward has come to the unit of `groups`: what it has passed gets no more gradients.
+
+        Reductions of groups that lack some leave now, zeros standing in. At the end would be too
+        late: a rank that has them all may wait for this one before it joins this one's next gather.
+        """
+        places = [self._place[group] for group in groups if group in self._place]
+        if self._reducing and places:
+            self._num_passed = max(self._num_passed, min(places))
             self._launch_ready()
 
     def finish(self) -> None:
@@ -242,7 +255,9 @@ class Reducer:
     def _launch_ready(self) -> None:
         while self._next < len(self._collections):
             collection = self._collections[self._next]
-            if collection.launched or not collection.is_complete:
+            if collection.launched:
+                return
+            if not collection.is_complete and self._next >= self._num_passed:
                 return
             self._launch(collection)
             self._next += 1
@@ -250,6 +265,8 @@ class Reducer:
     def _launch(self, collection: Collection) -> None:
         if len(self._in_flight) >= MAX_IN_FLIGHT:
             self._settle()
+        for reduction in self._in_flight:
+            self._advance(reduction)
         group = collection.group
         self._take_send_buffer(collection)
         send = collection.send
@@ -265,53 +282,65 @@ class Reducer:
             self._drop_local(collection)
         collection.launched = True
         collection.send = None
-        self._in_flight.append(self._start(collection, send))
-
-    def _start(self, collection: Collection, send: Tensor) -> "InFlight":
-        """Begin a reduction: between the ranks that divide the group, or that repeat it (stage 0)."""
-        group = collection.group
         receive = self._pool.take(send.numel(), send.dtype)
-        whole = group.axes.reduce.is_identity
-        pending = reduce_scatter_flat(
-            send,
-            group=group.axes.replica if whole else group.axes.reduce,
-            journal=self._journal,
-            receive=receive,
-        )
-        return InFlight(collection, send, receive, pending)
+        # Between the ranks that divide the group; at stage 0 between those that repeat it.
+        ranks = group.axes.replica if group.axes.reduce.is_identity else group.axes.reduce
+        shares = reduce_scatter_flat(send, group=ranks, journal=self._journal, receive=receive)
+        self._in_flight.append(InFlight(collection, send, receive, shares))
+
+    def _advance(self, reduction: "InFlight") -> None:
+        """Start the second half of a reduction over replicas, once the first has arrived."""
+        group = reduction.collection.group
+        if group.axes.replica.is_identity or reduction.summed is not None:
+            return
+        if group.axes.reduce.is_identity:
+            # Stage 0: each replica sums a slice; the slices come together where the shares arrived,
+            # in the slice that is this rank's own and that nobody has written.
+            mine = group.replica_slice(reduction.receive)
+            sum_parts(reduction.shares.wait(), out=mine, accumulate=False, scale=1.0)
+            reduction.summed = all_gather_flat(
+                reduction.receive, group=group.axes.replica, journal=self._journal
+            )
+            return
+        mine = torch.empty(group.layout.part_numel, dtype=group.dtypes.wire, device=group.device)
+        sum_parts(reduction.shares.wait(), out=mine, accumulate=False, scale=1.0)
+        reduction.summed = all_reduce_flat(mine, group=group.axes.replica, journal=self._journal)
 
     def _settle(self) -> None:
         """Finish the oldest reduction: its mean over all data-parallel ranks joins group.grad."""
-        collection, send, receive, pending = self._in_flight.popleft()
+        reduction = self._in_flight.popleft()
+        self._advance(reduction)
+        collection = reduction.collection
+        summed = reduction.summed
+        shares = reduction.shares.wait() if summed is None else [summed.wait()]
+        send, receive = reduction.send, reduction.receive
+        if self._is_the_mean(collection, shares, receive):
+            collection.group.grad, receive = receive, collection.group.grad
+        else:
+            self._add_mean(collection, shares)
+        collection.holds = True
+        del shares, summed, reduction
+        self._pool.give(send)
+        if receive is not None:
+            self._pool.give(receive)
+
+    def _is_the_mean(
+        self, collection: Collection, shares: list[Tensor], receive: Tensor
+    ) -> bool:
+        """Whether the buffer that arrived can become group.grad as it is, without a copy."""
+        wanted = collection.group.dtypes.accumulate
+        fresh = not collection.holds and collection.late_scale == 1.0
+        return fresh and shares[0] is receive and receive.dtype == wanted
+
+    def _add_mean(self, collection: Collection, shares: list[Tensor]) -> None:
         group = collection.group
-        shares = pending.wait()
         if group.grad is None:
             group.grad = torch.empty(
                 group.layout.part_numel, dtype=group.dtypes.accumulate, device=group.device
             )
-        if not group.axes.replica.is_identity:
-            shares = [self._sum_over_replicas(group, send, shares)]
         sum_parts(
             shares, out=group.grad, accumulate=collection.holds, scale=collection.late_scale
         )
-        collection.holds = True
-        del shares, pending
-        self._pool.give(send)
-        self._pool.give(receive)
-
-    def _sum_over_replicas(self, group: FlatGroup, send: Tensor, shares: list[Tensor]) -> Tensor:
-        """The sum over all ranks of this rank's part, from the shares that it has received."""
-        if group.axes.reduce.is_identity:
-            # Stage 0: each replica has summed a slice; the slices come together in `send`.
-            mine = group.replica_slice(send)
-            total = torch.empty_like(mine, dtype=torch.float32)
-            sum_parts(shares, out=total, accumulate=False, scale=1.0)
-            mine.copy_(total)
-            return all_gather_flat(send, group=group.axes.replica, journal=self._journal).wait()
-        total = torch.empty(group.layout.part_numel, dtype=torch.float32, device=group.device)
-        sum_parts(shares, out=total, accumulate=False, scale=1.0)
-        share = total.to(group.dtypes.wire)
-        return all_reduce_flat(share, group=group.axes.replica, journal=self._journal).wait()
 
     def _grad_of(self, group: FlatGroup) -> Tensor:
         if group.grad is None:
@@ -338,10 +367,16 @@ class Reducer:
             yield piece, source[slot_piece.part_start : stop].view(piece.shape)
 
 
-class InFlight(NamedTuple):
-    """A reduction under way and the buffers that it reads and writes."""
+@dataclass(slots=True, eq=False)
+class InFlight:
+    """A reduction under way and the buffers that it reads and writes.
+
+    `shares` come from the ranks that divide the group; `summed`, where there are replicas, is their
+    sum over those too.
+    """
 
     collection: Collection
     send: Tensor
     receive: Tensor
-    pending: Pending[list[Tensor]]
+    shares: Pending[list[Tensor]]
+    summed: Pending[Tensor] | None = None

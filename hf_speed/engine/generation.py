@@ -1,0 +1,60 @@
+"""`generate()` of a model whose parameters are spread over the ranks.
+
+Ranks stop at different lengths, so gathering unit by unit at every token would leave the longest
+one waiting for the others for ever. By default every unit is gathered once, on entry; from then on
+each rank decodes on its own. `zero.generate: streamed` gathers at every token instead and keeps
+finished ranks taking part (`synced_gpus`), for models that do not fit a rank whole.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import MethodType
+from typing import Any, Literal
+
+from torch import nn
+
+
+class ShardedGenerate:
+    """Stands in front of one module's `generate`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        gathered: Callable[[], AbstractContextManager[None]],
+        mode: Literal["gathered", "streamed"],
+    ) -> None:
+        self._module = module
+        self._gathered = gathered
+        self._mode = mode
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any model
+        """The module's own generate. Collective: every rank calls it."""
+        generate = type(self._module).generate
+        if self._mode == "streamed":
+            kwargs.setdefault("synced_gpus", True)
+            return generate(self._module, *args, **kwargs)
+        with self._gathered():
+            return generate(self._module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """A copy of the model is a plain model, with its class's method."""
+        copied = memo[id(self._module)]
+        return MethodType(type(copied).generate, copied)
+
+
+def wrap_generate(
+    model: nn.Module,
+    gathered: Callable[[], AbstractContextManager[None]],
+    mode: Literal["gathered", "streamed"],
+) -> list[nn.Module]:
+    """Put a ShardedGenerate on every module that has a `generate`; returns those modules."""
+    wrapped = [m for m in model.modules() if callable(getattr(type(m), "generate", None))]
+    for module in wrapped:
+        module.__dict__["generate"] = ShardedGenerate(module, gathered, mode)
+    return wrapped
+
+
+def unwrap_generate(modules: list[nn.Module]) -> None:
+    """The inverse of wrap_generate."""
+    for module in modules:
+        module.__dict__.pop("generate", None)

@@ -10,7 +10,7 @@ wait for each other for ever. A unit that runs a second time in one pass is gath
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -106,12 +106,16 @@ class Gatherer:
         self._direction = direction
         self._next = len(self._order) - 1 if direction is Order.BACKWARD else 0
 
-    def finish(self) -> None:
-        """End a pass: take part in the gathers that this rank did not need, release everything."""
+    def finish(self, *, keeps: Callable[[Unit], bool] = lambda _: False) -> None:
+        """End a pass: take part in the gathers that this rank did not need, and let those go.
+
+        Args:
+            keeps: units that stay for the backward, as on the ranks that ran them.
+        """
         if self._direction is Order.FORWARD:
             self._start_through(len(self._order) - 1)
             for unit in self._order:
-                if unit.pending:
+                if unit.pending and not keeps(unit):
                     self.leave(unit)
         elif self._direction is Order.BACKWARD:
             # Below the first trainable unit no rank's backward needs values.

@@ -64,6 +64,7 @@ class UnitHooks:
         self._on_forward = on_forward
         self._on_backward_end = on_backward_end
         self._depth = 0
+        self._expects_backward = False
         self._saving: saved_tensors_hooks | None = None
         self._last = next((unit for unit in reversed(units) if not unit.is_root), None)
         self._has_sharded = any(unit.sharded for unit in units)
@@ -121,7 +122,9 @@ class UnitHooks:
     def _open_pass(self, unit: Unit) -> None:
         self._on_forward()
         self.phase = Phase.FORWARD
-        training = unit.module.training and torch.is_grad_enabled()
+        # Of the whole pass: a checkpoint switches gradients off for the blocks inside.
+        self._expects_backward = torch.is_grad_enabled()
+        training = unit.module.training and self._expects_backward
         whole = unit.is_root and training
         self._gatherer.begin(Order.FORWARD if whole else Order.ON_DEMAND)
         # Checkpointing replaces saved tensors itself; hooks inside its own would hide them from it.
@@ -149,16 +152,20 @@ class UnitHooks:
             return
         self._depth -= 1
         self._watch_outputs(unit, output)
-        # The backward starts with the root and the last unit: releasing them would gather them twice.
-        last = unit.is_root or unit is self._last
-        if not (torch.is_grad_enabled() and (last or not self._regather)):
+        if not self._keeps(unit):
             self._gatherer.leave(unit)
         if self._depth == 0:
-            self._gatherer.finish()
+            self._gatherer.finish(keeps=self._keeps)
             self._close_pass()
             self.phase = Phase.IDLE
             if not torch.is_grad_enabled():
                 self._gatherer.release_all()
+
+    def _keeps(self, unit: Unit) -> bool:
+        """Whether a unit stays after the forward; the same on ranks that ran it and that did not."""
+        # The backward starts with the root and the last unit: releasing them would gather them twice.
+        last = unit.is_root or unit is self._last
+        return self._expects_backward and (last or not self._regather)
 
     def _watch_outputs(self, unit: Unit, output: object) -> None:
         if not torch.is_grad_enabled():

@@ -8,6 +8,7 @@ The outermost module that is called opens the pass: normally the model, or a par
 user calls on its own. A module that runs again inside a backward is a checkpoint recomputing.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, auto
 from functools import partial
@@ -151,6 +152,11 @@ class UnitHooks:
             self._watch_outputs(unit, output)
             return
         self._depth -= 1
+        if output is None and sys.exc_info()[0] is not None:
+            # The module raised: start nothing that other ranks, which may not have, would wait for.
+            if self._depth == 0:
+                self.abandon()
+            return
         self._watch_outputs(unit, output)
         if not self._keeps(unit):
             self._gatherer.leave(unit)

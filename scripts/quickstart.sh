@@ -38,7 +38,7 @@ say "Tokenizer and dataset from the standard library"
 python "$recipe/data.py" --out "$out/data"
 
 train=(--data "$out/data" --max_steps "$steps" --per_device_train_batch_size 4 --per_device_eval_batch_size 8
-    --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --weight_decay 0.1 --optim adamw_torch_fused
+    --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --weight_decay 0.1 --adam_beta2 0.98 --optim adamw_torch_fused
     --logging_steps $((steps >= 40 ? steps / 40 : 1)) --eval_strategy steps --eval_steps $((steps / 4))
     --save_steps $((steps / 4)) --report_to none --seed 0 --disable_tqdm False --dataloader_pin_memory False)
 

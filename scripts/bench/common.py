@@ -217,7 +217,7 @@ def finish(
     for row in missed:
         print(f"missed: {row.claim}: ratio {row.ratio:.3f}, bar {row.bar}")
     if not complete:
-        print("incomplete: --only left systems out, so this run proves nothing")
+        print("incomplete: an option left something out, so this run proves nothing")
     return 0 if complete and not missed else 1
 
 

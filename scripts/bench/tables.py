@@ -17,7 +17,7 @@ END = "<!-- benches: end -->"
 
 
 def render(record: dict[str, Any]) -> str:
-    """Lay one record out as a Markdown section: where and with what it was measured, then the rows."""
+    """Lay one record out in Markdown: where and with what it was measured, then the rows."""
     device, versions = record["device"], record["versions"]
     where = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores"
     used = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -50,15 +50,15 @@ class _Worker:
         self.before = census.live_bytes()
         self.system = peers.build(job.system, job.shape, job.dtype, job.device)
 
-    def steps(self, count: int) -> tuple[float, float]:
-        """Train `count` steps; give (seconds, last loss)."""
+    def steps(self, count: int) -> tuple[float, float, float]:
+        """Train `count` steps; give (seconds, CPU seconds of this process, last loss)."""
         self._sync()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         for _ in range(count):
             loss = self.system.backward(self.ids)
             self.system.update()
         self._sync()
-        return time.perf_counter() - start, float(loss)
+        return time.perf_counter() - start, time.process_time() - busy, float(loss)
 
     def memory(self) -> int:
         """Train a step; give the live bytes at the end of its backward."""
@@ -152,6 +152,10 @@ class Group:
     def seconds_per_step(self, count: int) -> float:
         """Train `count` steps and give the slowest rank's seconds per step."""
         return max(answer[0] for answer in self.call("steps", count)) / count
+
+    def cpu_seconds_per_step(self, count: int) -> float:
+        """Train `count` steps and give the busiest rank's CPU seconds per step."""
+        return max(answer[1] for answer in self.call("steps", count)) / count
 
     def stop(self) -> None:
         """End the ranks."""

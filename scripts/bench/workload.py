@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 LLAMA_33M = Shape(8192, 512, 1376, 8, 8, 2, 128)
-LLAMA_9M = Shape(4096, 256, 704, 8, 4, 2, 64)
+LLAMA_5M = Shape(4096, 256, 704, 4, 4, 2, 64)
 
 
 def build_model(shape: Shape) -> LlamaForCausalLM:

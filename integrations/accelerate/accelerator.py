@@ -13,6 +13,7 @@ The accelerator holds no engine: it finds them on the models that it prepared, s
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from types import MethodType
 from typing import Any, Self
 
 import accelerate
@@ -147,6 +148,7 @@ class Accelerator(accelerate.Accelerator):
             _check_whole(engine, model)
         elif next(model.parameters(), None) is not None:
             attach(model, self.hf_speed_config, compute_dtype=self.compute_dtype, device=self.device)
+            vars(model)["zero_grad"] = MethodType(zero_grad, model)
         else:
             model.to(self.device)
         # Evaluation mode leaves out DistributedDataParallel and keeps autocast.
@@ -337,6 +339,14 @@ class Accelerator(accelerate.Accelerator):
             return
         with engines_load(self):
             super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+
+
+def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's signature
+    """nn.Module.zero_grad for a prepared model: the gradients that count are on the optimizer's pieces."""
+    type(self).zero_grad(self, set_to_none)
+    engine = engine_of(self)
+    if engine is not None and engine.optimizer is not None:
+        engine.optimizer.zero_grad(set_to_none)
 
 
 def _check_whole(engine: Engine, model: nn.Module) -> None:

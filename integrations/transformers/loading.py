@@ -50,13 +50,12 @@ class WaitingParameter(ShardedParameter):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Let metadata through, refuse everything else."""
-        try:
+        if func in cls._metadata:
             return super().__torch_function__(func, types, args, kwargs)
-        except ShardedParameterError as error:
-            raise ShardedParameterError(
-                f"{getattr(func, '__name__', func)} needs the values of a parameter that was loaded in slices. Hand the "
-                f"model to Trainer or Accelerator.prepare first, then use hf_speed.gathered(model)."
-            ) from error
+        raise ShardedParameterError(
+            f"{getattr(func, '__name__', func)} needs the values of a parameter that was loaded in slices. Hand the "
+            f"model to Trainer or Accelerator.prepare first, then use hf_speed.gathered(model)."
+        )
 
 
 class Rows(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from hf_speed.engine import Engine, engine_of
@@ -27,16 +27,6 @@ from hf_speed.integrations import weights
 from hf_speed.integrations.transformers.arguments import config_of
 from hf_speed.integrations.transformers.loading import sliced_loading, slices_wanted
 from hf_speed.integrations.transformers.metrics import StepMeter
-
-
-class _ClearShards(TrainerCallback):
-    """Clears the optimizer's gradients at the end of a step, where the Trainer clears only the model's."""
-
-    def __init__(self, trainer: "HfSpeedTrainerMixin") -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer.optimizer.zero_grad()
 
 
 class HfSpeedTrainerMixin(transformers.Trainer):
@@ -76,12 +66,11 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         return engine_of(self.model) if self.is_hf_speed_enabled else None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class does, with our callbacks last: they read what the others decided."""
+        """As the base class does, with our callback last: it reads what the others decided."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_hf_speed_enabled and self._meter is None:
             self._meter = StepMeter(self)
             self.add_callback(self._meter)
-            self.add_callback(_ClearShards(self))
         return prepared
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -1,0 +1,291 @@
+"""Plain loops on hf_speed's Accelerator train as they do on accelerate's."""
+
+import contextlib
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import accelerate
+import accelerate.accelerator
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import DataLoader
+
+import hf_speed
+from hf_speed.engine import engine_of
+from hf_speed.errors import ConfigError
+from tests.integrations.toys import STAGES, examples, flat, llama, stage
+from tests.support import run_ranks
+
+
+def _fresh_state() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _loop(config: Any, *, accumulation: int = 1, clip: str = "norm", precision: str = "no") -> dict[str, Any]:
+    """Two epochs over 20 sequences: 3 to a rank and step, so the last batch is uneven."""
+    _fresh_state()
+    kwargs = {} if config is None else {"hf_speed": config}
+    kind = accelerate.Accelerator if config is None else hf_speed.Accelerator
+    accelerator = kind(
+        cpu=True, gradient_accumulation_steps=accumulation, mixed_precision=precision, **kwargs
+    )
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    loader = DataLoader(examples(20), batch_size=3)
+    # The optimizer before its model: order must not matter.
+    optimizer, model, loader, schedule = accelerator.prepare(optimizer, model, loader, schedule)
+    losses, norms = [], []
+    for _ in range(2):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and clip == "norm":
+                    norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+                elif accelerator.sync_gradients:
+                    accelerator.clip_grad_value_(model.parameters(), 1e-3)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            losses.append(float(accelerator.gather(loss.detach()).mean()))
+    model.eval()
+    with torch.no_grad():
+        seen = [accelerator.gather_for_metrics(model(**batch).logits.argmax(-1)) for batch in loader]
+    state = accelerator.get_state_dict(model)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "rate": schedule.get_last_lr(),
+        "predictions": torch.cat(seen),
+        "state": {name: value.float().clone() for name, value in state.items()},
+    }
+
+
+def _loops(cases: list[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [_loop(config, **options) for config, options in cases]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulation": 3}, {"clip": "value"}], ids=["plain", "accumulate", "clip-value"]
+)
+def test_a_loop_equals_the_same_loop_on_ddp(options: dict[str, Any]) -> None:
+    ranks = run_ranks(_loops, 2, [(config, options) for config in (None, *STAGES)])
+    ddp, *stages = ranks[0]
+    for index, each in enumerate(stages):
+        for key in ("losses", "norms", "rate"):
+            torch.testing.assert_close(flat(each[key]), flat(ddp[key]), rtol=2e-6, atol=0)
+        assert each["predictions"].shape == (20, 12)
+        assert (each["predictions"] == ddp["predictions"]).float().mean() > 0.99
+        assert each["state"].keys() == ddp["state"].keys()
+        for name, value in each["state"].items():
+            torch.testing.assert_close(value, ddp["state"][name], rtol=1e-4, atol=1e-5)
+        # Rank 1: the whole state up to stage 2, nothing at stage 3.
+        assert bool(ranks[1][1 + index]["state"]) == (index < 3)
+
+
+def test_bf16_loop_follows_ddp(tmp_path: Path) -> None:
+    cases = [(config, {"precision": "bf16"}) for config in (None, stage(0), stage(3))]
+    ddp, *stages = run_ranks(_loops, 2, cases)[0]
+    for each in stages:
+        # bf16 has 8 bits; stock autocast keeps gradients in fp32.
+        torch.testing.assert_close(flat(each["losses"]), flat(ddp["losses"]), rtol=2**-7, atol=0)
+        assert {value.dtype for value in each["state"].values()} == {torch.float32}
+
+
+def _no_sync(config: Any) -> dict[str, Any]:
+    _fresh_state()
+    accelerator = hf_speed.Accelerator(cpu=True, hf_speed=config) if config else accelerate.Accelerator(cpu=True)
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rows = examples(8)
+    losses = []
+    for step in range(3):
+        mine = [rows[(step + 2 * micro + dist.get_rank()) % 8] for micro in range(3)]
+        for micro, row in enumerate(mine):
+            batch = {key: value[None] for key, value in row.items()}
+            context = accelerator.no_sync(model) if micro < 2 else contextlib.nullcontext()
+            with context:
+                loss = model(**batch).loss / 3
+                loss.backward()
+        losses.append(float(accelerator.gather(loss.detach()).mean()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses}
+
+
+def _no_syncs(configs: list[Any]) -> list[dict[str, Any]]:
+    return [_no_sync(config) for config in configs]
+
+
+def test_no_sync_sums_on_the_rank_until_the_next_backward() -> None:
+    ddp, *stages = run_ranks(_no_syncs, 2, [None, *STAGES])[0]
+    for each in stages:
+        torch.testing.assert_close(flat(each["losses"]), flat(ddp["losses"]), rtol=1e-6, atol=0)
+
+
+def _set_up(config: Any, seed: int) -> tuple[Any, Any, Any, Any, Any]:
+    _fresh_state()
+    accelerator = hf_speed.Accelerator(cpu=True, hf_speed=config)
+    model = llama(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
+    # Not shuffled: accelerate itself does not save where a plain RandomSampler stands.
+    loader = DataLoader(examples(16), batch_size=4 // dist.get_world_size())
+    return accelerator, *accelerator.prepare(model, optimizer, loader, schedule)
+
+
+def _epoch(accelerator: Any, model: Any, optimizer: Any, loader: Any, schedule: Any) -> list[float]:
+    losses = []
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.gather(loss.detach()).mean()))
+    return losses
+
+
+def _save(directory: str, number: int) -> list[float]:
+    accelerator, *rest = _set_up(stage(number), 0)
+    _epoch(accelerator, *rest)
+    accelerator.save_state(directory)
+    return _epoch(accelerator, *rest)
+
+
+def _load(directory: str, number: int) -> list[float]:
+    accelerator, *rest = _set_up(stage(number), 8)
+    accelerator.load_state(directory)
+    return _epoch(accelerator, *rest)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_load_state_continues_what_save_state_saved(tmp_path: Path, number: int) -> None:
+    whole = run_ranks(_save, 2, str(tmp_path), number)[0]
+    assert run_ranks(_load, 2, str(tmp_path), number)[0] == whole
+    assert (tmp_path / "config.json").is_file()
+    other = run_ranks(_load, 2, str(tmp_path), 3 - number)[0]
+    torch.testing.assert_close(flat(other), flat(whole), rtol=1e-6, atol=0)
+
+
+def _refusals() -> dict[str, str]:
+    messages = {}
+
+    def note(name: str, action: Any) -> None:
+        _fresh_state()
+        try:
+            action()
+        except ConfigError as error:
+            messages[name] = str(error)
+
+    def two_models() -> None:
+        accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(1))
+        first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        both = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+        accelerator.prepare(first, second, both)
+
+    def some_parameters() -> None:
+        accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(1))
+        model = accelerator.prepare(torch.nn.Linear(4, 4))
+        accelerator.clip_grad_norm_([model.weight], 1.0)
+
+    def wrapped_later() -> None:
+        accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(1))
+        inner = accelerator.prepare(torch.nn.Linear(4, 4))
+        accelerator.prepare(torch.nn.Sequential(inner, torch.nn.Linear(4, 4)))
+
+    def scaler() -> None:
+        handlers = [accelerate.utils.GradScalerKwargs()]
+        hf_speed.Accelerator(cpu=True, hf_speed=stage(1), kwargs_handlers=handlers)
+
+    def compiled() -> None:
+        hf_speed.Accelerator(cpu=True, hf_speed=stage(1), dynamo_backend="eager")
+
+    for each in (two_models, some_parameters, wrapped_later, scaler, compiled):
+        note(each.__name__, each)
+    return messages
+
+
+def test_what_cannot_take_effect_is_an_error() -> None:
+    messages = run_ranks(_refusals, 2)[0]
+    assert "prepare one nn.Module that holds them all" in messages["two_models"]
+    assert "Pass model.parameters()" in messages["some_parameters"]
+    assert "prepare the outermost model once" in messages["wrapped_later"]
+    assert "precision.loss_scale" in messages["scaler"]
+    assert "torch.compile" in messages["compiled"]
+
+
+def _without_config() -> dict[str, Any]:
+    _fresh_state()
+    accelerator = hf_speed.Accelerator(cpu=True)
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    return {
+        "engine": engine_of(model) is None,
+        "model": type(prepared).__name__,
+        "optimizer": type(wrapped).__name__,
+    }
+
+
+def test_without_a_config_it_is_accelerates_own() -> None:
+    expected = {"engine": True, "model": "DistributedDataParallel", "optimizer": "AcceleratedOptimizer"}
+    assert run_ranks(_without_config, 2)[0] == expected
+
+
+def _environment() -> dict[str, Any]:
+    accelerator = hf_speed.Accelerator(cpu=True)
+    model = accelerator.prepare(llama())
+    engine = engine_of(model)
+    return {"stage": None if engine is None else engine.config.stage}
+
+
+def test_the_launcher_carries_the_config_in_the_environment() -> None:
+    found = run_ranks(_environment, 2, env={"HF_SPEED_CONFIG": '{"zero": {"stage": 2}}'})[0]
+    assert found == {"stage": 2}
+
+
+@contextlib.contextmanager
+def _rebound(config: Any) -> Iterator[None]:
+    """accelerate's own names stand for our Accelerator."""
+
+    class Ours(hf_speed.Accelerator):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, hf_speed=config, **kwargs)
+
+    with (
+        mock.patch.object(accelerate, "Accelerator", Ours),
+        mock.patch.object(accelerate.accelerator, "Accelerator", Ours),
+    ):
+        yield
+
+
+def _upstream_script(name: str, config: Any) -> None:
+    _fresh_state()
+    # Its bf16 section compares dtypes: parameters must be fp32, while here they are bf16 and their masters fp32.
+    without_bf16 = mock.patch.object(accelerate.utils, "is_bf16_available", lambda: False)
+    with _rebound(config), without_bf16:
+        runpy.run_module(f"accelerate.test_utils.scripts.{name}", run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        # It moves the trained model with .cpu(), which stage 3 refuses by design.
+        ("test_script", 0),
+        ("test_script", 2),
+        ("test_ops", 3),
+        # It compares parameter.grad, which from stage 1 on lives in shards.
+        ("test_sync", 0),
+    ],
+)
+def test_accelerates_own_scripts_run(name: str, number: int) -> None:
+    run_ranks(_upstream_script, 2, name, stage(number))

@@ -94,7 +94,9 @@ class Access:
         if group.full is None:
             return
         broadcast_flat(
-            group.full.view(torch.uint8), group=self._parts.mesh.world, journal=self._parts.mesh.journal
+            group.full.view(torch.uint8),
+            group=self._parts.mesh.world,
+            journal=self._parts.mesh.journal,
         )
         new = group.part_of(group.full)
         if old is None:
@@ -152,21 +154,26 @@ class Access:
         """A copy of one whole gradient as the optimizer will see it; None if no rank has one."""
         self._parts.stepper.make_ready()
         _, group, slot = self.locate(name)
-        if not group.trainable:
+        index = group.layout.slots.index(slot)
+        if not (group.trainable and self._parts.reducer.has_gradient(group, index)):
             return None
-        value = whole_tensor(
+        return whole_tensor(
             group,
             slot,
             lambda piece: piece.grad,
             dtype=group.dtypes.master,
             journal=self._parts.mesh.journal,
         )
-        return value
 
     def set_gradient(self, name: str, value: Tensor) -> None:
         """Overwrite one gradient, after the backward and before the step."""
         self._parts.stepper.make_ready()
         _, group, slot = self.locate(name)
+        if not group.trainable:
+            raise EngineError(
+                f"{name} is frozen (requires_grad=False): no optimizer reads its gradient."
+            )
+        self._parts.reducer.mark_used(group, group.layout.slots.index(slot))
 
         def grad_of(piece: nn.Parameter) -> Tensor:
             if piece.grad is None:
@@ -175,9 +182,7 @@ class Access:
 
         set_parts(group, slot, value, grad_of)
 
-    def optimizer_state(
-        self, name: str, key: str, optimizer: torch.optim.Optimizer
-    ) -> Tensor:
+    def optimizer_state(self, name: str, key: str, optimizer: torch.optim.Optimizer) -> Tensor:
         """A copy of one whole moment of a parameter, for example key="exp_avg"."""
         _, group, slot = self.locate(name)
         self._require_state(name, key, optimizer)

@@ -1,7 +1,7 @@
 """From a config and a model to the parts of an engine, in one visible order.
 
-    resolve -> mesh -> equal values on all ranks -> units -> flat groups -> gatherer, reducer,
-    stepper -> hooks
+resolve -> mesh -> equal values on all ranks -> units -> flat groups -> gatherer, reducer,
+stepper -> hooks
 """
 
 from collections.abc import Callable
@@ -85,14 +85,12 @@ def assemble(
     pool = BufferPool(device)
     units = _build_units(model, config, resolved, mesh, device=device)
     groups = [group for unit in units for group in unit.groups]
-    # Gradients become ready from the last unit to the first; the root's (head, then embedding) last.
+    # Gradients become ready from the last unit to the first; the root's embedding comes last.
     backward = [g for unit in [*units[-2::-1], units[-1]] for g in unit.groups if g.trainable]
     gatherer = Gatherer(
         units, pool=pool, journal=mesh.journal, prefetch_units=resolved.prefetch_units
     )
-    reducer = Reducer(
-        backward, pool=pool, journal=mesh.journal, each_backward=resolved.stage >= 2
-    )
+    reducer = Reducer(backward, pool=pool, journal=mesh.journal, each_backward=resolved.stage >= 2)
     scaler = LossScaler(resolved.loss_scale) if resolved.loss_scale is not None else None
     stepper = Stepper(
         backward,
@@ -122,9 +120,7 @@ def assemble(
         resolved.table(),
         precision_table(rows),
     )
-    return Parts(
-        resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler
-    )
+    return Parts(resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler)
 
 
 def plan(

@@ -90,9 +90,7 @@ class OptimizerBinding:
             state = self.optimizer.state.get(each, {})
             scalars = {k: v for k, v in state.items() if not (isinstance(v, Tensor) and v.dim())}
             if scalars:
-                return {
-                    k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()
-                }
+                return {k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()}
         return {}
 
 

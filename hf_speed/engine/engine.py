@@ -1,12 +1,12 @@
 """One run: a model taken over in place, and the verbs that a training loop needs.
 
-    engine = Engine.attach(model, config)     # collective; the model stays the user's object
-    engine.bind_optimizer(optimizer)          # any time before its first step
-    engine.backward(model(**batch).loss)
-    engine.clip_grad_norm_(1.0)
-    optimizer.step(); optimizer.zero_grad()
-    engine.save(directory); engine.load(directory)
-    engine.detach()                           # plain model and optimizer again
+engine = Engine.attach(model, config)     # collective; the model stays the user's object
+engine.bind_optimizer(optimizer)          # any time before its first step
+engine.backward(model(**batch).loss)
+engine.clip_grad_norm_(1.0)
+optimizer.step(); optimizer.zero_grad()
+engine.save(directory); engine.load(directory)
+engine.detach()                           # plain model and optimizer again
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +175,7 @@ class Engine:
             self._binding.release()
             self._binding = None
 
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - of Tensor.backward
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """loss.backward(), scaled in fp16."""
         scaled = loss if self._parts.scaler is None else loss * self.loss_scale
         scaled.backward(**kwargs)
@@ -199,20 +199,22 @@ class Engine:
             modify: keep changes. Rank 0's values count. Inside, modules may be replaced or resized
                 (with names=None): the engine takes the model over anew on leaving.
         """
-        rebuild = False
+        replaced: list[tuple[nn.Parameter, nn.Parameter]] | None = None
         self._gathered_depth += 1
         try:
             with self._access.gathered(names, modify=modify):
                 yield
-                rebuild = modify and self._has_new_structure()
-                if rebuild and self._gathered_depth > 1:
-                    raise EngineError("Resize a model in the outermost gathered(modify=True) only.")
-                if rebuild:
-                    new = self._replacements()
+                if modify and self._has_new_structure():
+                    if self._gathered_depth > 1:
+                        raise EngineError(
+                            "A model was resized in a gathered() inside another. Resize it in the "
+                            "outermost one, with modify=True."
+                        )
+                    replaced = self._replacements()
         finally:
             self._gathered_depth -= 1
-        if rebuild:
-            self._rebuild(new)
+        if replaced is not None:
+            self._rebuild(replaced)
 
     def _has_new_structure(self) -> bool:
         known = {id(e.parameter) for group in self._parts.groups for e in group.entries}
@@ -287,7 +289,7 @@ class Engine:
                     group.master[piece.part_start : piece.part_start + piece.numel].copy_(value)
         self._parts.gatherer.invalidate()
 
-    def _load_master(self, group: Any, name: str, value: Tensor) -> None:  # noqa: ANN401
+    def _load_master(self, group: Any, name: str, value: Tensor) -> None:
         for piece in group.slot_pieces:
             if group.layout.slots[piece.index].name == name:
                 part = value[piece.start : piece.start + piece.numel]

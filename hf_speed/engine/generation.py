@@ -27,14 +27,18 @@ class ShardedGenerate:
         self._gathered = gathered
         self._mode = mode
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any model
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own generate. Collective: every rank calls it."""
-        generate = type(self._module).generate
+        generate = self._class_method()
         if self._mode == "streamed":
             kwargs.setdefault("synced_gpus", True)
             return generate(self._module, *args, **kwargs)
         with self._gathered():
             return generate(self._module, *args, **kwargs)
+
+    def _class_method(self) -> Callable[..., Any]:
+        # From the class: the instance's own attribute is this object.
+        return getattr(type(self._module), "generate")  # noqa: B009
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """A copy of the model is a plain model, with its class's method."""

@@ -9,7 +9,7 @@ KIB = 1024
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """Highest use so far of each memory tier that this process uses: "host", and "device" on CUDA."""
+    """Highest use so far of each memory tier of this process: "host", on CUDA also "device"."""
     peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB}
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device)

@@ -100,7 +100,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - hyperparameters of any optimizer
+def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.item()
     if isinstance(value, (tuple, list)):
@@ -161,9 +161,9 @@ def _check_model(parts: Parts, reader: StateReader) -> None:
     if differing:
         name = differing[0]
         raise CheckpointError(
-            f"{reader.directory} is of another model: {len(differing)} trainable parameters differ, "
-            f"first {name}: {stored.get(name, 'absent')} there, {here.get(name, 'absent')} here. "
-            f"Resume with the model and the trainable parameters that it was saved from."
+            f"{reader.directory} is of another model: {len(differing)} trainable parameters "
+            f"differ, first {name}: {stored.get(name, 'absent')} there, {here.get(name, 'absent')} "
+            f"here. Resume with the model and the trainable parameters that it was saved from."
         )
 
 
@@ -193,7 +193,7 @@ def _load_holding(holding: Holding, reader: StateReader, optimizer: Optimizer | 
             optimizer.state[piece][key] = _counter(optimizer, key, float(number), piece)
 
 
-def _counter(optimizer: Optimizer, key: str, number: float, piece: torch.nn.Parameter) -> Any:  # noqa: ANN401
+def _counter(optimizer: Optimizer, key: str, number: float, piece: torch.nn.Parameter) -> Any:
     """A step counter as torch's optimizers keep it: 0-d fp32, on the device when fused."""
     if key != "step":
         return number

@@ -4,11 +4,11 @@ Each returns a Pending: started, not waited for. Over a group of size 1 the resu
 nothing is sent.
 
 On a CPU (gloo) gathers and reductions are direct exchanges of slices between all pairs of ranks.
-gloo's own reduce-scatter is an all-reduce underneath (1.0 instead of (N-1)/N of the buffer at N = 2,
-1.5 instead of 0.75 at N = 4), and its all-gather costs twice the CPU time of the plain exchange. A
-reduction is summed by the receiver in fp32 and in rank order: the ideal bytes, an exact order, and
-no 16-bit partial sums. On CUDA the same holds for 16-bit buffers, as an all-to-all; fp32 ones, where
-partial sums lose nothing, use NCCL's own.
+gloo's own reduce-scatter is an all-reduce underneath (1.0 instead of (N-1)/N of the buffer at
+N = 2, 1.5 instead of 0.75 at N = 4), and its all-gather costs twice the CPU time of the plain
+exchange. A reduction is summed by the receiver in fp32 and in rank order: the ideal bytes, an exact
+order, and no 16-bit partial sums. On CUDA the same holds for 16-bit buffers, as an all-to-all; fp32
+ones, where partial sums lose nothing, use NCCL's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ class Pending(Generic[T]):
         return self._result
 
 
-def guard(what: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - passes through any result
+def guard(what: str, call: Callable[[], Any]) -> Any:
     """Run a backend call; a failure says what was running and what to look for."""
     try:
         return call()
@@ -74,6 +74,8 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
     Args:
         full: (group.size * n,) contiguous; this rank's slice [rank * n, (rank + 1) * n) is filled
             already, the others are overwritten.
+        group: the ranks.
+        journal: of the run.
 
     Returns:
         Pending of `full`. One all-gather, n * (size - 1) elements sent.
@@ -88,9 +90,7 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
     mine = parts[group.rank]
     journal.note("all_gather", group, num_bytes=full.nbytes, sent=mine.nbytes * (group.size - 1))
     if full.is_cuda:
-        works = [
-            guard(what, lambda: _ALL_GATHER(full, mine, group=group.group, async_op=True))
-        ]
+        works = [guard(what, lambda: _ALL_GATHER(full, mine, group=group.group, async_op=True))]
     else:
         works = _exchange([mine] * group.size, parts, group=group, what=what)
     return Pending(works, lambda: full, what=what)
@@ -104,6 +104,8 @@ def reduce_scatter_flat(
     Args:
         send: (group.size * n,) contiguous, any float dtype; must not be written before the result
             is used up, which may look into it.
+        group: the ranks.
+        journal: of the run.
         receive: (group.size * n,) scratch of the same dtype; made here if None.
 
     Returns:
@@ -145,9 +147,7 @@ def _exchange(
 
     def start() -> list[dist.Work]:
         # Receives first: a send that finds its receive posted needs no handshake.
-        receives = [
-            dist.irecv(incoming[peer], group=group.group, group_src=peer) for peer in peers
-        ]
+        receives = [dist.irecv(incoming[peer], group=group.group, group_src=peer) for peer in peers]
         sends = [dist.isend(outgoing[peer], group=group.group, group_dst=peer) for peer in peers]
         return [work for work in (*receives, *sends) if work is not None]
 
@@ -162,6 +162,8 @@ def sum_parts(parts: Sequence[Tensor], *, out: Tensor, accumulate: bool, scale: 
     Args:
         parts: each (n,).
         out: (n,).
+        accumulate: add to what `out` holds.
+        scale: factor of the sum.
     """
     if out.dtype != torch.float32:
         total = torch.empty_like(out, dtype=torch.float32)
@@ -188,6 +190,8 @@ def all_reduce_flat(send: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
 
     Args:
         send: (group.size * n,) contiguous; overwritten with the sum, rounded to its dtype.
+        group: the ranks.
+        journal: of the run.
 
     Returns:
         Pending of `send`.

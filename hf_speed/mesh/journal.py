@@ -60,7 +60,7 @@ class Journal:
         dist.all_gather_object(everyone, ranks)
         for members in sorted({tuple(each) for each in everyone}):
             side = dist.new_group(list(members), timeout=timeout, backend="gloo")
-            if dist.get_rank() in members:
+            if isinstance(side, dist.ProcessGroup) and dist.get_rank() in members:
                 self._watches[group.label] = Watch(side, list(members), timeout)
 
     def note(self, operation: str, group: AxisGroup, *, num_bytes: int, sent: int) -> None:
@@ -86,7 +86,8 @@ class Journal:
             dist.monitored_barrier(watch.group, timeout=watch.timeout, wait_all_ranks=True)
         except RuntimeError as error:
             raise DivergenceError(
-                f"Not every rank of {group.label} {watch.ranks} came to {_describe(record)}: {error}. "
+                f"Not every rank of {group.label} {watch.ranks} came to {_describe(record)}: "
+                f"{error}. "
                 f"Every rank must run the same modules in the same order."
             ) from error
         everyone: list[Record | None] = [None] * group.size

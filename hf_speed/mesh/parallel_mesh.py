@@ -93,10 +93,10 @@ class ParallelMesh:
         self._closed = True
 
     def _make(self, axes: tuple[Axis, ...], lane: Lane) -> AxisGroup:
-        mine = IDENTITY
+        mine, members = IDENTITY, [self.rank]
         for ranks in groups_along(axes, self.sizes):
             group = dist.new_group(ranks, timeout=self.timeout, group_desc=f"{lane}:{axes}")
-            if self.rank in ranks:
+            if isinstance(group, dist.ProcessGroup) and self.rank in ranks:
                 label = " x ".join(axes)
                 mine = AxisGroup(len(ranks), ranks.index(self.rank), group, f"{label}/{lane}")
                 members = ranks

@@ -23,7 +23,8 @@ def axis_sizes(world_size: int, requested: Mapping[Axis, int]) -> dict[Axis, int
         shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "1"
         raise MeshError(
             f"The mesh {shape} needs {total} ranks, but {world_size} were started. "
-            f"Start {total} processes (hf-speed launch -n {total} ...) or change `mesh` in the config."
+            f"Start {total} processes (hf-speed launch -n {total} ...) or change `mesh` in the "
+            f"config."
         )
     return sizes
 

@@ -1,6 +1,6 @@
 """Bringing the values of a unit here ahead of use, and letting them go again.
 
-    forward    enter(unit k) -> wait for k, whose gather is in flight; start k+1 -> compute -> leave(k)
+    forward    enter(k): wait for unit k, whose gather is in flight; start k+1; compute; leave(k)
     backward   the same in reverse, the saved weights being looked up in the newly gathered buffer
     step       invalidate: what was gathered is stale
 
@@ -203,7 +203,12 @@ class Gatherer:
             return saved
         unit, group = found
         return SavedView(
-            unit, group, saved.storage_offset(), tuple(saved.shape), saved.stride(), group.version
+            unit,
+            group,
+            int(saved.storage_offset()),
+            tuple(saved.shape),
+            saved.stride(),
+            group.version,
         )
 
     def unpack(self, saved: Tensor | SavedView) -> Tensor:

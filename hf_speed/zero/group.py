@@ -188,7 +188,9 @@ class FlatGroup:
         return tuple(pieces)
 
     def piece_slots(self) -> Sequence[SlotPiece]:
-        """The slot piece of each of `pieces`, in the same order."""
+        """The slot piece of each of `pieces`, in the same order; none where nothing is trained."""
+        if not self.trainable:
+            return ()
         if not self.whole:
             return self.slot_pieces
         return [
@@ -223,7 +225,9 @@ class FlatGroup:
         """Raise if someone moved, resized or replaced a parameter behind the engine's back."""
         for index, (slot, entry) in enumerate(zip(self.layout.slots, self.entries, strict=True)):
             parameter = entry.parameter
-            replaced = any(each.module._parameters.get(each.key) is not parameter for each in entry.places)
+            replaced = any(
+                each.module._parameters.get(each.key) is not parameter for each in entry.places
+            )
             if replaced:
                 raise EngineError(_moved(entry.name, "was replaced by another parameter"))
             if self.full is not None:
@@ -237,7 +241,7 @@ class FlatGroup:
                 raise EngineError(_moved(entry.name, f"had requires_grad set to {now}"))
 
     def restore(self, full: Tensor) -> None:
-        """Make the parameters plain tensors again, with memory of their own; the inverse of adopt."""
+        """Make the parameters plain tensors again, with their own memory; the inverse of adopt."""
         for slot, entry, dtype in zip(
             self.layout.slots, self.entries, self._original_dtypes, strict=True
         ):
@@ -248,6 +252,7 @@ class FlatGroup:
 def _moved(name: str, what: str) -> str:
     return (
         f"{name} {what} after hf_speed took the model over, so its training would silently stop. "
-        f"Change the model before it is prepared, or inside `with hf_speed.gathered(model, modify=True):`, "
-        f"or call engine.detach() first and prepare it again."
+        f"Change the model before it is prepared, or inside "
+        f"`with hf_speed.gathered(model, modify=True):`, or call engine.detach() first and "
+        f"prepare it again."
     )

@@ -23,6 +23,8 @@ from hf_speed.zero.gather import Gatherer, Order, Unit
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.reduce import Reducer
 
+_IGNORE_TRACING = True
+
 
 class Phase(Enum):
     """What the engine is in the middle of."""
@@ -104,6 +106,8 @@ class UnitHooks:
     def abandon(self) -> None:
         """Forget a pass that an exception cut short."""
         self._close_pass()
+        self._reducer.abandon()
+        self._gatherer.release_all()
         self.phase = Phase.IDLE
         self._depth = 0
 
@@ -129,7 +133,7 @@ class UnitHooks:
         whole = unit.is_root and training
         self._gatherer.begin(Order.FORWARD if whole else Order.ON_DEMAND)
         # Checkpointing replaces saved tensors itself; hooks inside its own would hide them from it.
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(_IGNORE_TRACING)
         if self._has_sharded and torch.is_grad_enabled() and outer is None:
             self._saving = saved_tensors_hooks(self._gatherer.pack, self._gatherer.unpack)
             self._saving.__enter__()
@@ -168,8 +172,8 @@ class UnitHooks:
                 self._gatherer.release_all()
 
     def _keeps(self, unit: Unit) -> bool:
-        """Whether a unit stays after the forward; the same on ranks that ran it and that did not."""
-        # The backward starts with the root and the last unit: releasing them would gather them twice.
+        """Whether a unit stays after the forward; alike on ranks that ran it and that did not."""
+        # The backward starts with the root and the last unit: no use in releasing those.
         last = unit.is_root or unit is self._last
         return self._expects_backward and (last or not self._regather)
 

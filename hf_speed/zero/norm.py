@@ -29,6 +29,8 @@ def global_norm(
         gradients: this rank's parts, any shapes.
         norm_type: p, or inf.
         group: the ranks that hold different elements.
+        journal: of the run.
+        device: of the result.
 
     Returns:
         0-d fp32. One all-reduce of one element.
@@ -36,7 +38,9 @@ def global_norm(
     local = torch.zeros((), dtype=torch.float32, device=device)
     if gradients:
         norms = torch._foreach_norm(list(gradients), norm_type, dtype=torch.float32)
-        local = torch.linalg.vector_norm(torch.stack([each.to(device) for each in norms]), norm_type)
+        local = torch.linalg.vector_norm(
+            torch.stack([each.to(device) for each in norms]), norm_type
+        )
     if norm_type == float("inf"):
         return all_reduce_small(local, group=group, journal=journal, op=dist.ReduceOp.MAX)
     if group.is_identity:

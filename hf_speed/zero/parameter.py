@@ -14,16 +14,58 @@ from torch import Tensor, nn
 
 from hf_speed.errors import ShardedParameterError
 
-_PROPERTIES = (
-    "shape dtype device requires_grad grad is_leaf layout ndim grad_fn is_cuda is_cpu is_meta "
-    "is_sparse is_quantized is_nested names itemsize _backward_hooks _post_accumulate_grad_hooks "
-    "output_nr retains_grad is_mkldnn is_xpu is_mps is_sparse_csr is_vulkan is_ipu is_xla is_mtia"
-).split()
-_METHODS = (
-    "size numel dim nelement ndimension is_floating_point is_complex is_signed element_size __hash__ "
-    "__len__ requires_grad_ register_hook register_post_accumulate_grad_hook is_contiguous "
-    "is_inference get_device is_conj is_neg"
-).split()
+_PROPERTIES = [
+    "shape",
+    "dtype",
+    "device",
+    "requires_grad",
+    "grad",
+    "is_leaf",
+    "layout",
+    "ndim",
+    "grad_fn",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_sparse",
+    "is_quantized",
+    "is_nested",
+    "names",
+    "itemsize",
+    "_backward_hooks",
+    "_post_accumulate_grad_hooks",
+    "output_nr",
+    "retains_grad",
+    "is_mkldnn",
+    "is_xpu",
+    "is_mps",
+    "is_sparse_csr",
+    "is_vulkan",
+    "is_ipu",
+    "is_xla",
+    "is_mtia",
+]
+_METHODS = [
+    "size",
+    "numel",
+    "dim",
+    "nelement",
+    "ndimension",
+    "is_floating_point",
+    "is_complex",
+    "is_signed",
+    "element_size",
+    "__hash__",
+    "__len__",
+    "requires_grad_",
+    "register_hook",
+    "register_post_accumulate_grad_hook",
+    "is_contiguous",
+    "is_inference",
+    "get_device",
+    "is_conj",
+    "is_neg",
+]
 
 
 def _metadata_functions() -> frozenset[Any]:
@@ -59,17 +101,17 @@ class ShardedParameter(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         raise _read_error(self, "copy.deepcopy")
 
-    def __reduce_ex__(self, proto: int) -> Any:  # type: ignore[override]  # noqa: ANN401, ARG002
+    def __reduce_ex__(self, proto: int) -> Any:  # type: ignore[override]
         raise _read_error(self, "pickle")
 
     @classmethod
     def __torch_function__(
         cls,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG003 - the protocol's signature
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Let metadata through, refuse everything else."""
         if func in cls._metadata:
             with torch._C.DisableTorchFunctionSubclass():
@@ -79,7 +121,7 @@ class ShardedParameter(nn.Parameter):
         raise _read_error(released, getattr(func, "__name__", str(func)))
 
 
-def _released(values: Any) -> Any:  # noqa: ANN401 - walks arguments of any torch function
+def _released(values: Any) -> Any:
     for value in values:
         if isinstance(value, ShardedParameter):
             yield value

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 
-
 class BufferPool:
     """Hands out uninitialised flat buffers of exact sizes and takes them back."""
 

@@ -73,9 +73,7 @@ def precision_table(rows: Iterable[tuple[str, int, Dtypes, bool]]) -> str:
         if not trainable:
             master = wire = accumulate = "-"
         answer = "yes" if trainable else "no"
-        lines.append(
-            f"{numel:<16,} {compute:<9} {master:<9} {wire:<10} {accumulate:<12} {answer}"
-        )
+        lines.append(f"{numel:<16,} {compute:<9} {master:<9} {wire:<10} {accumulate:<12} {answer}")
     return "\n".join(lines)
 
 

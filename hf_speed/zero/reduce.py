@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_speed.errors import EngineError
 from hf_speed.mesh.collectives import (
     Pending,
     all_gather_flat,
@@ -25,9 +26,9 @@ from hf_speed.mesh.collectives import (
     reduce_scatter_flat,
     sum_parts,
 )
-from hf_speed.errors import EngineError
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.group import FlatGroup
+from hf_speed.zero.parameter import placeholder_of
 from hf_speed.zero.pool import BufferPool
 
 MAX_IN_FLIGHT = 2
@@ -40,7 +41,8 @@ class Collection:
     Attributes:
         send: buffer of this backward's gradients, in the wire dtype.
         arrived: parameters whose gradient this backward has brought.
-        used: parameters that have had a gradient since the last step.
+        used: parameters that have had a gradient here since they were last cleared.
+        used_anywhere: those that have had one on any rank; known once a step is ready.
         local: sum of the backwards that were not reduced, in the accumulation dtype.
         holds: whether `group.grad` is part of the current sum, or left over from an older one.
         launched: whether this backward's reduction has started.
@@ -51,6 +53,7 @@ class Collection:
         self.send: Tensor | None = None
         self.arrived: set[int] = set()
         self.used: set[int] = set()
+        self.used_anywhere: set[int] = set()
         self.local: Tensor | None = None
         self.holds = False
         self.launched = False
@@ -62,7 +65,7 @@ class Collection:
 
     @property
     def shows_gradients(self) -> bool:
-        """Whether pieces can show the accumulated gradient as it is: `.grad` has the piece's dtype."""
+        """Whether pieces can show the accumulated gradient: `.grad` has the piece's dtype."""
         return self.group.dtypes.accumulate == self.group.dtypes.master
 
     def target(self, index: int) -> Tensor:
@@ -105,19 +108,23 @@ class Reducer:
         self._num_passed = 0
         self._in_flight: deque[InFlight] = deque()
         self._reducing = True
+        self._stepped = False
 
     def begin(self, *, sync: bool) -> None:
         """Start a backward. Gradients that the user has cleared since are not added to."""
         self._reducing = sync or self._each_backward
         self._next = self._num_passed = 0
-        cleared = self._all_cleared()
+        if self._user_has_cleared():
+            for collection in self._collections:
+                self._forget_cleared(collection)
         for collection in self._collections:
             collection.arrived.clear()
             collection.launched = False
-            if cleared and collection.shows_gradients:
-                self._forget(collection)
-            for piece in collection.group.pieces:
-                piece.grad = None
+            if not collection.holds:
+                # They look into a local sum, which leaves with this backward.
+                for piece in collection.group.pieces:
+                    piece.grad = None
+        self._stepped = False
 
     def collect(self, group: FlatGroup, index: int) -> None:
         """Take the gradient that autograd has just finished for one parameter."""
@@ -172,8 +179,18 @@ class Reducer:
         for collection in self._collections:
             self._hand_over(collection)
 
+    def abandon(self) -> None:
+        """An exception has cut a backward short: its reductions finish, its other gradients are lost.
+
+        As in plain PyTorch what has arrived stays, next to earlier backwards, until it is cleared.
+        """
+        while self._in_flight:
+            self._settle()
+        for collection in self._collections:
+            collection.send = None
+
     def flush(self) -> None:
-        """Before a step: reduce what was only summed locally, as a step without a last sync does."""
+        """Before a step: reduce what was only summed locally, if no backward has synced."""
         if not self.has_unreduced:
             return
         self._reducing = True
@@ -197,7 +214,7 @@ class Reducer:
                     piece.grad = values.to(piece.dtype)
 
     def used_mask(self) -> list[bool]:
-        """For every parameter of every travelling group: has it had a gradient since the last step?"""
+        """For every parameter of every travelling group: has it had a gradient for this step?"""
         return [
             index in collection.used
             for collection in self._collections
@@ -212,23 +229,55 @@ class Reducer:
             for piece, slot_piece in zip(collection.group.pieces, slots, strict=True):
                 if not used[start + slot_piece.index]:
                     piece.grad = None
-            start += len(collection.group.entries)
+            num_entries = len(collection.group.entries)
+            collection.used_anywhere = {i for i in range(num_entries) if used[start + i]}
+            start += num_entries
+
+    def has_gradient(self, group: FlatGroup, index: int) -> bool:
+        """Whether any rank has a gradient of a parameter; known between `drop_unused` and the step."""
+        collection = self._by_group.get(group)
+        if collection is None:
+            return group.entries[index].parameter.grad is not None
+        return index in collection.used_anywhere
+
+    def mark_used(self, group: FlatGroup, index: int) -> None:
+        """The user gives a parameter a gradient, on every rank."""
+        if group in self._by_group:
+            self._by_group[group].used_anywhere.add(index)
 
     def end_step(self) -> None:
         """After a step: copies that were made for it are freed."""
+        self._stepped = True
         for collection in self._collections:
             if not collection.shows_gradients:
                 self._forget(collection)
                 for piece in collection.group.pieces:
                     piece.grad = None
 
-    def _all_cleared(self) -> bool:
-        return all(
-            piece.grad is None
-            for collection in self._collections
-            if collection.shows_gradients
-            for piece in collection.group.pieces
-        )
+    def _user_has_cleared(self) -> bool:
+        """Whether gradients were set to None since the last backward, here or by what is usual.
+
+        A rank that holds no piece cannot see it: it goes by whether a step was taken.
+        """
+        pieces = [piece for collection in self._collections for piece in collection.group.pieces]
+        return any(piece.grad is None for piece in pieces) if pieces else self._stepped
+
+    def _forget_cleared(self, collection: Collection) -> None:
+        """Clear the sums of what the user has cleared: normally all, or what an optimizer holds."""
+        group = collection.group
+        held = zip(group.pieces, group.piece_slots(), strict=True)
+        kept = {slot_piece.index for piece, slot_piece in held if piece.grad is not None}
+        if not kept:
+            self._forget(collection)
+            return
+        collection.used &= kept
+        for index, slot in enumerate(group.layout.slots):
+            if index not in kept and collection.local is not None:
+                group.slot_view(collection.local, slot).zero_()
+        if group.grad is not None:
+            for piece, values in self._piece_values(group, group.grad):
+                if piece.grad is None:
+                    values.zero_()
 
     def _forget(self, collection: Collection) -> None:
         collection.holds = False
@@ -324,9 +373,7 @@ class Reducer:
         if receive is not None:
             self._pool.give(receive)
 
-    def _is_the_mean(
-        self, collection: Collection, shares: list[Tensor], receive: Tensor
-    ) -> bool:
+    def _is_the_mean(self, collection: Collection, shares: list[Tensor], receive: Tensor) -> bool:
         """Whether the buffer that arrived can become group.grad as it is, without a copy."""
         wanted = collection.group.dtypes.accumulate
         fresh = not collection.holds and collection.late_scale == 1.0
@@ -338,9 +385,7 @@ class Reducer:
             group.grad = torch.empty(
                 group.layout.part_numel, dtype=group.dtypes.accumulate, device=group.device
             )
-        sum_parts(
-            shares, out=group.grad, accumulate=collection.holds, scale=collection.late_scale
-        )
+        sum_parts(shares, out=group.grad, accumulate=collection.holds, scale=collection.late_scale)
 
     def _grad_of(self, group: FlatGroup) -> Tensor:
         if group.grad is None:
@@ -351,6 +396,9 @@ class Reducer:
         """Let the pieces show this rank's part of the sum so far."""
         group = collection.group
         if not collection.shows_gradients:
+            # Nothing to read before `prepare_step`, but something to clear.
+            for piece in group.pieces:
+                piece.grad = placeholder_of(piece.shape, dtype=piece.dtype, device=piece.device)
             return
         if collection.holds:
             source = self._grad_of(group)

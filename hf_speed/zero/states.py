@@ -49,6 +49,7 @@ def whole_tensor(
         slot: the parameter.
         part_of: this rank's values for a piece, any shape of its size; None counts as zeros.
         dtype: of the result.
+        journal: of the run.
 
     Returns:
         A new tensor of slot.shape on every rank. One all-gather of the group.
@@ -67,7 +68,7 @@ def whole_tensor(
 def set_parts(
     group: FlatGroup, slot: Slot, value: Tensor, part_of: Callable[[nn.Parameter], Tensor]
 ) -> None:
-    """Write this rank's interval of `value` (slot.shape) into what `part_of` names. No collective."""
+    """Write this rank's interval of `value` (slot.shape) into what `part_of` names."""
     if tuple(value.shape) != slot.shape:
         raise EngineError(
             f"{slot.name} has shape {slot.shape}, but the new value has {tuple(value.shape)}."
@@ -94,8 +95,8 @@ def scalar_states(optimizer: Optimizer, piece: nn.Parameter) -> dict[str, float]
     """The optimizer's counters of a piece, as plain numbers."""
     scalars: dict[str, float] = {}
     for key, value in optimizer.state.get(piece, {}).items():
-        if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0:
-            scalars[key] = float(value)
-        elif isinstance(value, (int, float)):
+        if (isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0) or isinstance(
+            value, (int, float)
+        ):
             scalars[key] = float(value)
     return scalars

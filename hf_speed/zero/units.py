@@ -5,7 +5,7 @@ belong to no block (embeddings, final norm, head) and those that several blocks 
 unit, which stays gathered from the start of the forward to the end of the backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -91,7 +91,9 @@ def _find_blocks(model: nn.Module, block_classes: Sequence[str] | None) -> dict[
     if block_classes is not None:
         return _named_blocks(model, block_classes)
     declared = {
-        name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
     }
     blocks = _outermost(model, lambda module: type(module).__name__ in declared)
     return blocks or _layer_lists(model)
@@ -108,8 +110,8 @@ def _named_blocks(model: nn.Module, block_classes: Sequence[str]) -> dict[str, n
     return _outermost(model, lambda module: type(module).__name__ in block_classes)
 
 
-def _outermost(model: nn.Module, wanted) -> dict[str, nn.Module]:  # noqa: ANN001 - a predicate
-    """Modules for which `wanted` holds, without those inside another one; the model itself never."""
+def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """Modules for which `wanted` holds, without those inside another one; never the model."""
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -122,7 +124,7 @@ def _outermost(model: nn.Module, wanted) -> dict[str, nn.Module]:  # noqa: ANN00
 
 
 def _layer_lists(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of each outermost ModuleList or Sequential of two or more modules of one class."""
+    """The members of each outermost ModuleList or Sequential of several modules of one class."""
     found: dict[str, nn.Module] = {}
     lists = _outermost(
         model,

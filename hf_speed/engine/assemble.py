@@ -111,16 +111,23 @@ def assemble(
         on_forward=callbacks.on_forward,
         on_backward_end=callbacks.on_backward_end,
     )
-    rows = [(g.name, g.layout.numel, g.dtypes, g.trainable) for g in groups]
+    _report(model, resolved, groups, num_units=len(units))
+    return Parts(resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler)
+
+
+def _report(
+    model: nn.Module, resolved: ResolvedConfig, groups: list[FlatGroup], *, num_units: int
+) -> None:
+    """What was built, once, on rank 0."""
+    rows = [(group.name, group.layout.numel, group.dtypes, group.trainable) for group in groups]
     _log.info(
         "%s on %d ranks, %d units\n%s\n%s",
         type(model).__name__,
-        mesh.world_size,
-        len(units),
+        resolved.world_size,
+        num_units,
         resolved.table(),
         precision_table(rows),
     )
-    return Parts(resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler)
 
 
 def plan(

@@ -21,6 +21,7 @@ from hf_speed.config import ResolvedConfig, SpeedConfig
 from hf_speed.engine.access import Access
 from hf_speed.engine.assemble import Callbacks, Parts, assemble
 from hf_speed.engine.binding import OptimizerBinding
+from hf_speed.engine.clearing import unwrap_zero_grad, wrap_zero_grad
 from hf_speed.engine.generation import unwrap_generate, wrap_generate
 from hf_speed.engine.link import attach_link, engine_of, remove_link
 from hf_speed.engine.report import peak_bytes
@@ -114,6 +115,8 @@ class Engine:
             callbacks=callbacks,
         )
         self._access = Access(self._parts, self.model)
+        pieces = (piece for group in self._parts.groups for piece in group.pieces)
+        wrap_zero_grad(self.model, pieces)
         self._link = attach_link(self.model, self)
         sharded = any(group.is_sharded for group in self._parts.groups)
         self._generating = (
@@ -369,6 +372,7 @@ class Engine:
             group.restore(full)
         self._parts.hooks.remove()
         unwrap_generate(self._generating)
+        unwrap_zero_grad(self.model)
         remove_link(self.model, self._link)
         self._parts.mesh.close()
 

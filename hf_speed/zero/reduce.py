@@ -120,8 +120,9 @@ class Reducer:
         for collection in self._collections:
             collection.arrived.clear()
             collection.launched = False
-            if not collection.holds:
-                # They look into a local sum, which leaves with this backward.
+            if collection.group.whole or not collection.holds:
+                # Autograd would add to them where pieces are the parameters themselves; a local sum,
+                # into which they look else, leaves with this backward.
                 for piece in collection.group.pieces:
                     piece.grad = None
         self._stepped = False

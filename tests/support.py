@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
@@ -146,6 +147,8 @@ def _child(fn: Callable[..., Any], rank: int, world: _World, args: tuple[Any, ..
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     _set_environment(rank, world)
     torch.set_num_threads(1)
+    # As in pytest's own process: what hf_speed causes to warn fails the test.
+    warnings.filterwarnings("error", module=r"hf_speed\.")
     try:
         if world.backend is not None:
             store = dist.FileStore(str(directory / "store"), world.world_size)

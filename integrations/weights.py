@@ -121,6 +121,25 @@ def has_engine_state(directory: str) -> bool:
     return os.path.isfile(os.path.join(directory, MANIFEST_PATH))
 
 
+def load_model(engine: Engine, directory: str) -> None:
+    """The inverse of `write_model`. Collective.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
+    """
+    if not is_peft(engine.model):
+        load_weights(engine, directory)
+        return
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    model: Any = engine.model
+    with engine.gathered(adapter_names(model), modify=True):
+        for adapter in model.peft_config:
+            home = directory if adapter == "default" else os.path.join(directory, adapter)
+            set_peft_model_state_dict(model, load_peft_weights(home, device="cpu"), adapter_name=adapter)
+
+
 def load_weights(engine: Engine, directory: str) -> None:
     """Put a Hub model's weights into an engine, each rank reading what it holds. Collective.
 

@@ -31,6 +31,9 @@ from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
 from hf_speed.integrations.transformers.loading import attach
 from hf_speed.integrations.weights import full_state_dict, write_model
 
+_COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What working parameters are cast to; "no": each keeps its own dtype."""
+
 
 class Accelerator(accelerate.Accelerator):
     """accelerate.Accelerator that shards models, gradients and optimizers as `hf_speed` says.
@@ -64,6 +67,8 @@ class Accelerator(accelerate.Accelerator):
 
     def _take_config(self, config: SpeedConfig | None) -> None:
         self.hf_speed_config = config
+        # Not read from the shared state later: every TrainingArguments() resets that.
+        self.compute_dtype = _COMPUTE_DTYPES.get(self.mixed_precision) if config is not None else None
         self.state_weights: list[tuple[Engine, dict[str, Any]]] | None = None
         if config is None:
             return
@@ -100,11 +105,6 @@ class Accelerator(accelerate.Accelerator):
                 f"torch.compile (dynamo backend {self.state.dynamo_plugin.backend}) is not supported by hf_speed: the "
                 f"compiled graph would hold on to parameters that the engine re-points. Leave it off."
             )
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        """The dtype that working parameters are cast to; None: each keeps its own."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
     @property
     def engines(self) -> list[Engine]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_speed.engine import Engine, engine_of
 from hf_speed.integrations.accelerate.optimizer import SpeedOptimizer
-from hf_speed.integrations.weights import write_model
+from hf_speed.integrations.weights import load_model, write_model
 
 if TYPE_CHECKING:
     from hf_speed.integrations.accelerate.accelerator import Accelerator
@@ -73,6 +73,9 @@ def engines_load(accelerator: "Accelerator") -> Iterator[None]:
 
     def hook(models: list[nn.Module], directory: str) -> None:
         for engine, home in _directories(accelerator, directory):
+            # A hook of the user's that loaded a model itself has taken it out of the list.
+            if any(engine_of(model) is engine for model in models):
+                load_model(engine, home)
             engine.load(home)
         models[:] = [model for model in models if engine_of(model) is None]
 

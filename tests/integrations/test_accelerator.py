@@ -270,9 +270,9 @@ def _rebound(config: Any) -> Iterator[None]:
 
 def _upstream_script(name: str, config: Any) -> None:
     _fresh_state()
-    # Its bf16 section compares dtypes: parameters must be fp32, while here they are bf16 and their masters fp32.
-    without_bf16 = mock.patch.object(accelerate.utils, "is_bf16_available", lambda: False)
-    with _rebound(config), without_bf16:
+    # Its 16-bit sections compare dtypes: parameters must be fp32, while here they are 16-bit and their masters fp32.
+    without = [mock.patch.object(accelerate.utils, f"is_{each}_available", lambda: False) for each in ("bf16", "fp16")]
+    with _rebound(config), without[0], without[1]:
         runpy.run_module(f"accelerate.test_utils.scripts.{name}", run_name="__main__")
 
 

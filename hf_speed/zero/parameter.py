@@ -62,14 +62,23 @@ _METHODS = [
     "register_post_accumulate_grad_hook",
     "is_contiguous",
     "is_inference",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
     "get_device",
     "is_conj",
     "is_neg",
 ]
 
 
+_NEW_TENSORS = ("empty_like", "zeros_like", "ones_like", "full_like")
+"""What optimizers (Adagrad) make their state with before they are bound: only the shape counts."""
+
+
 def _metadata_functions() -> frozenset[Any]:
     allowed: set[Any] = {torch.is_floating_point, torch.is_complex, torch.numel}
+    allowed.update(getattr(torch, name) for name in _NEW_TENSORS)
     for name in _PROPERTIES:
         attribute = getattr(Tensor, name, None)
         if attribute is not None:

@@ -4,11 +4,11 @@
 #
 #   bash scripts/quickstart.sh [OUT]      OUT: where results go, default out/quickstart; emptied first
 #
-# STEPS (default 400) is the length of the training; PYTHON another interpreter for .venv.
+# STEPS (default 500) is the length of the training; PYTHON another interpreter for .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${1:-out/quickstart}"
-steps="${STEPS:-400}"
+steps="${STEPS:-500}"
 resume_at=$((steps * 3 / 4))
 recipe=scripts/recipes/quickstart
 started=$SECONDS

@@ -231,7 +231,7 @@ def interleave(
     """
     found: dict[str, list[float]] = {name: [] for name in runners}
     for index in range(rounds):
-        order = list(runners) if index % 2 == 0 else list(reversed(runners))
+        order = list(runners) if index % 2 == 0 else list(runners)[::-1]
         for name in order:
             say(f"round {index + 1}/{rounds}: {name}")
             found[name].append(runners[name]())

@@ -57,7 +57,7 @@ def _torch_system(model: nn.Module, optimizer: Optimizer, device: str, autocast:
 
 def plain(shape: Shape, dtype: str, device: str) -> System:
     """One process, no wrapper: the model, autograd and the optimizer."""
-    model = build_model(shape).to(device)
+    model = build_model(shape, device)
     return _torch_system(model, _adamw(model), device, dtype)
 
 
@@ -65,7 +65,7 @@ def ddp(shape: Shape, dtype: str, device: str) -> System:
     """DistributedDataParallel as it comes, with gradients as views of its buckets."""
     from torch.nn.parallel import DistributedDataParallel
 
-    model = build_model(shape).to(device)
+    model = build_model(shape, device)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return _torch_system(wrapped, _adamw(wrapped), device, dtype)
 
@@ -79,7 +79,7 @@ def fsdp2(shape: Shape, dtype: str, device: str) -> System:
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
-    model = build_model(shape).to(device)
+    model = build_model(shape, device)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -108,7 +108,7 @@ def deepspeed(
         "steps_per_print": 10**9,
     }
     package.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo")
-    model = build_model(shape).to(device)
+    model = build_model(shape, device)
     engine, *_ = package.initialize(model=model, optimizer=_adamw(model), config=config)
 
     def backward(ids: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def ours(
     config: dict[str, object] = {"zero": {"stage": stage}}
     if accumulate_same:
         config["precision"] = {"accumulate_dtype": "same"}
-    model = build_model(shape).to(device)
+    model = build_model(shape, device)
     compute = torch.bfloat16 if dtype == "bfloat16" else None
     optimizer = _adamw(model)
     engine = Engine.attach(model, load_config(config), compute_dtype=compute)

@@ -124,7 +124,8 @@ class Group:
         self.job = job
         stem = f"{job.system}-{job.dtype}-{job.ranks}-{time.monotonic_ns()}"
         self._logs = [scratch / f"{stem}.{rank}.log" for rank in range(job.ranks)]
-        context = mp.get_context("spawn" if job.device == "cuda" else "fork")
+        start = "spawn" if job.device == "cuda" else "fork"
+        context: Any = mp.get_context(start)
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(job.ranks):

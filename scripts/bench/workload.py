@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SEED = 20191
@@ -33,7 +33,7 @@ LLAMA_33M = Shape(8192, 512, 1376, 8, 8, 2, 128)
 LLAMA_5M = Shape(4096, 256, 704, 4, 4, 2, 64)
 
 
-def build_model(shape: Shape) -> LlamaForCausalLM:
+def build_model(shape: Shape, device: str = "cpu") -> LlamaForCausalLM:
     """Build the Llama with weights from a fixed seed: every rank and every system starts alike."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -47,7 +47,10 @@ def build_model(shape: Shape) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config).train()
+    if device != "cpu":
+        nn.Module.to(model, device)
+    return model
 
 
 def make_batch(shape: Shape, rank: int, device: str) -> Tensor:

@@ -11,8 +11,9 @@ import random
 import sysconfig
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -50,8 +51,10 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int) -> DatasetDict:
-    """Split by file, tokenise, and group into blocks of `block` tokens."""
+def tokenise(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, *, block: int, part: str
+) -> Dataset:
+    """Tokenise the files of one part, and group them into blocks of `block` tokens."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"input_ids": tokenizer([text + END for text in batch["text"]])["input_ids"]}
@@ -62,11 +65,14 @@ def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int) -
         blocks = [ids[i : i + block] for i in range(0, whole, block)]
         return {"input_ids": blocks, "labels": blocks}
 
-    split = Dataset.from_dict({"text": texts}).train_test_split(test_size=0.05, seed=0)
-    encoded = split.map(
-        encode, batched=True, batch_size=50, remove_columns="text", desc="Tokenising"
+    encoded = Dataset.from_dict({"text": texts}).map(
+        encode, batched=True, batch_size=50, remove_columns="text", desc=f"Tokenising ({part})"
     )
-    return encoded.map(group, batched=True, batch_size=100, desc="Grouping into blocks")
+    # Its map() is typed as if a Dataset could give a DatasetDict.
+    blocks: Any = encoded.map(
+        group, batched=True, batch_size=100, desc=f"Grouping into blocks ({part})"
+    )
+    return blocks
 
 
 def main() -> None:
@@ -79,10 +85,12 @@ def main() -> None:
     texts = read_files()
     tokenizer = train_tokenizer(texts, args.vocab)
     tokenizer.save_pretrained(args.out / "tokenizer")
-    dataset = tokenise(texts, tokenizer, args.block)
-    dataset.save_to_disk(args.out / "dataset")
-    sizes = {name: f"{len(part) * args.block / 1e6:.2f}M tokens" for name, part in dataset.items()}
-    print(f"tokenizer: {len(tokenizer)} tokens; dataset: {sizes}")
+    held_out = max(1, len(texts) // 20)
+    print(f"tokenizer: {len(tokenizer)} tokens")
+    for part, files in (("test", texts[:held_out]), ("train", texts[held_out:])):
+        dataset = tokenise(files, tokenizer, block=args.block, part=part)
+        dataset.save_to_disk(args.out / "dataset" / part)
+        print(f"{part}: {len(files)} files, {len(dataset) * args.block / 1e6:.2f}M tokens")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bytes_alive import BytesAlive
-from datasets import load_from_disk
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     LlamaConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -45,8 +46,10 @@ def main() -> None:
         (ScriptArguments, TrainingArguments)
     ).parse_args_into_dataclasses()
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(script.data / "tokenizer")
-    dataset = load_from_disk(str(script.data / "dataset"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(script.data / "tokenizer")
+    train_set = Dataset.load_from_disk(script.data / "dataset" / "train")
+    test_set = Dataset.load_from_disk(script.data / "dataset" / "test")
+    eval_set = Dataset.from_dict(test_set[: script.eval_blocks])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=script.hidden,
@@ -60,14 +63,17 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    callbacks: list[TrainerCallback] = []
+    if script.bytes_json:
+        callbacks.append(BytesAlive(script.bytes_json))
     trainer = Trainer(
         model=AutoModelForCausalLM.from_config(config),
         args=args,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["test"].select(range(script.eval_blocks)),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[BytesAlive(script.bytes_json)] if script.bytes_json else None,
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():

@@ -127,17 +127,41 @@ def load_model(engine: Engine, directory: str) -> None:
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
     """
-    if not is_peft(engine.model):
+    if is_peft(engine.model):
+        _load_adapters(engine, directory)
+    else:
         load_weights(engine, directory)
-        return
-    from peft import set_peft_model_state_dict
+
+
+def _load_adapters(engine: Engine, directory: str) -> None:
+    """Read every adapter of a PEFT model; its frozen base is not part of a checkpoint.
+
+    PEFT's own loader reads `model.state_dict()`, for which the base would have to be gathered. Its saver only renames, so
+    it is asked for the names of tensors without values.
+    """
+    from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     model: Any = engine.model
-    with engine.gathered(adapter_names(model), modify=True):
-        for adapter in model.peft_config:
-            home = directory if adapter == "default" else os.path.join(directory, adapter)
-            set_peft_model_state_dict(model, load_peft_weights(home, device="cpu"), adapter_name=adapter)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    empty = {name: torch.empty(shapes[name], device="meta") for name in adapter_names(model)}
+    name_of = {id(value): name for name, value in empty.items()}
+    for adapter in model.peft_config:
+        home = directory if adapter == "default" else os.path.join(directory, adapter)
+        saved = get_peft_model_state_dict(model, state_dict=empty, adapter_name=adapter, save_embedding_layers=False)
+        known = {key: name_of.get(id(value)) for key, value in saved.items()}
+        try:
+            stored = load_peft_weights(home, device="cpu")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{home} holds no readable adapter {adapter!r}: {error}.") from error
+        for key, value in stored.items():
+            name = known.get(key) or (key if key in shapes else None)
+            if name is None or shapes[name] != value.shape:
+                raise CheckpointError(
+                    f"The adapter in {home} has {key} of shape {tuple(value.shape)}, for which {type(model).__name__} "
+                    f"has no place. Resume with the PEFT config that it was saved with."
+                )
+            engine.set_full_parameter(name, value)
 
 
 def load_weights(engine: Engine, directory: str) -> None:

@@ -1,6 +1,6 @@
 """Models larger than one rank: loaded or made in slices, whole on no rank.
 
-    from_pretrained   transformers reads, of every large tensor, only this rank's rows (its own DTensor Shard(0) door:
+    from_pretrained   transformers reads, of every large tensor, only this rank's rows (its own DTensor door:
                       weight converters, renames, tied names and missing keys are all its business)
     (in between)      the model holds parameters that know shape, dtype and device and raise when read; the rows wait
     attach            the engine takes the model over without values, then asks for full tensors one by one: each is
@@ -59,10 +59,11 @@ class WaitingParameter(ShardedParameter):
 
 
 class Rows(NamedTuple):
-    """This rank's rows of one parameter: a chunk of dim 0, as torch.chunk cuts it for the world."""
+    """This rank's share of one parameter: a chunk along `dim`, as torch.chunk cuts it for the world."""
 
     local: Tensor
     shape: torch.Size
+    dim: int
 
 
 def from_pretrained(
@@ -179,19 +180,32 @@ def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
 
 
 def _slice_meta(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Make large meta parameters DTensors, of which transformers reads only the local rows."""
+    """Make large meta parameters DTensors, of which transformers reads only the local chunk."""
     for module in model.modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta and parameter.numel() >= MIN_SLICED_NUMEL:
-                local = parameter.detach().chunk(mesh.size())
-                rank = mesh.get_local_rank()
-                rows = local[rank] if rank < len(local) else parameter.detach()[:0]
-                module._parameters[key] = _as_dtensor(rows, parameter, mesh)
+            if parameter is None or not parameter.is_meta or parameter.numel() < MIN_SLICED_NUMEL:
+                continue
+            dim = _slice_dim(parameter.shape, mesh.size())
+            if dim is not None:
+                module._parameters[key] = _as_dtensor(parameter, dim, mesh)
 
 
-def _as_dtensor(rows: Tensor, like: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+def _slice_dim(shape: torch.Size, size: int) -> int | None:
+    """The first dim, or else the last, that gives every rank a chunk; None where neither does.
+
+    A rank without a chunk would have nothing to stack where transformers makes one tensor of a list of experts. Inner
+    dims are no choice: along them transformers concatenates.
+    """
+    for dim in (0, len(shape) - 1):
+        if -(-shape[dim] // -(-shape[dim] // size)) == size:
+            return dim
+    return None
+
+
+def _as_dtensor(like: Tensor, dim: int, mesh: DeviceMesh) -> nn.Parameter:
+    local = like.detach().chunk(mesh.size(), dim=dim)[mesh.get_local_rank()]
     shared = DTensor.from_local(
-        rows.contiguous(), mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride()
+        local.contiguous(), mesh, [Shard(dim)], run_check=False, shape=like.shape, stride=like.stride()
     )
     return nn.Parameter(shared, requires_grad=like.requires_grad)
 
@@ -211,10 +225,9 @@ def _whole(module: nn.Module) -> Iterator[None]:
         whole = module._parameters[key]
         shared: Any = parameter.data
         mesh = shared.device_mesh
-        chunks = [] if whole is None else list(whole.detach().chunk(mesh.size()))
-        rank = mesh.get_local_rank()
-        if rank < len(chunks):
-            shared._local_tensor.copy_(chunks[rank])
+        if whole is not None:
+            dim = shared.placements[0].dim
+            shared._local_tensor.copy_(whole.detach().chunk(mesh.size(), dim=dim)[mesh.get_local_rank()])
         module._parameters[key] = parameter
 
 
@@ -233,7 +246,8 @@ def _wait(model: nn.Module) -> None:
             if id(parameter) not in made:
                 waiting = _waiting_like(parameter)
                 made[id(parameter)] = waiting
-                rows[waiting] = Rows(parameter.data._local_tensor, parameter.shape)
+                shared: Any = parameter.data
+                rows[waiting] = Rows(shared._local_tensor, parameter.shape, shared.placements[0].dim)
             module._parameters[key] = made[id(parameter)]
     # On the model, so that it goes where the model goes: into a PEFT wrapper, or out of memory.
     vars(model)[_WAITING] = rows
@@ -285,17 +299,19 @@ def _to_meta(parameter: nn.Parameter) -> None:
 
 
 def gather_rows(rows: Rows, mesh: ParallelMesh) -> Tensor:
-    """The full tensor, on the mesh's device, from every rank's rows. One all-gather."""
+    """The full tensor, on the mesh's device, from every rank's chunk. One all-gather."""
     world = mesh.world
     if world.is_identity:
         return rows.local.to(mesh.device)
-    num_rows = -(-rows.shape[0] // world.size)
-    part_numel = num_rows * rows.shape[1:].numel()
-    full = torch.zeros(world.size * part_numel, dtype=rows.local.dtype, device=mesh.device)
+    mine = rows.local.movedim(rows.dim, 0)
+    num_rows = rows.shape[rows.dim]
+    part_numel = -(-num_rows // world.size) * mine.shape[1:].numel()
+    full = torch.zeros(world.size * part_numel, dtype=mine.dtype, device=mesh.device)
     start = world.rank * part_numel
-    full[start : start + rows.local.numel()] = rows.local.reshape(-1).to(mesh.device)
+    full[start : start + mine.numel()] = mine.reshape(-1).to(mesh.device)
     all_gather_flat(full, group=world, journal=mesh.journal).wait()
-    return full[: rows.shape.numel()].view(rows.shape)
+    moved = full[: rows.shape.numel()].view(num_rows, *mine.shape[1:])
+    return moved.movedim(0, rows.dim)
 
 
 def load_whole(engine: Engine, directory: str, *, dtype: torch.dtype) -> None:

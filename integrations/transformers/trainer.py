@@ -11,7 +11,6 @@ method calls super(), and without a config does nothing else.
 import functools
 import inspect
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -159,7 +158,7 @@ class HfSpeedTrainerMixin(transformers.Trainer):
                 f"{checkpoint} was written without hf_speed: its {OPTIMIZER_NAME} holds whole tensors by number. Start "
                 f"from its weights alone (from_pretrained({checkpoint!r})), or resume it with hf_speed=None."
             )
-        self._load_weights(engine, checkpoint, super()._load_from_checkpoint)
+        weights.load_model(engine, checkpoint)
         if weights.has_engine_state(checkpoint):
             engine.load(checkpoint)
         scheduler = os.path.join(checkpoint, SCHEDULER_NAME)
@@ -171,16 +170,8 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         engine = self._engine
         if engine is None:
             super()._load_best_model()
-            return
-        best = super()._load_best_model
-        self._load_weights(engine, self.state.best_model_checkpoint, lambda _: best())
-
-    def _load_weights(self, engine: Engine, checkpoint: str, load_adapters: Callable[[str], None]) -> None:
-        if weights.is_peft(engine.model):
-            with engine.gathered(weights.adapter_names(engine.model), modify=True):
-                load_adapters(checkpoint)
         else:
-            weights.load_weights(engine, checkpoint)
+            weights.load_model(engine, self.state.best_model_checkpoint)
 
 
 class Trainer(HfSpeedTrainerMixin, transformers.Trainer):

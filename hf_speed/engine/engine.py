@@ -203,6 +203,7 @@ class Engine:
                 (with names=None): the engine takes the model over anew on leaving.
         """
         replaced: list[tuple[nn.Parameter, nn.Parameter]] | None = None
+        resized: list[tuple[nn.Parameter, Tensor]] = []
         self._gathered_depth += 1
         try:
             with self._access.gathered(names, modify=modify):
@@ -213,17 +214,18 @@ class Engine:
                             "A model was resized in a gathered() inside another. Resize it in the "
                             "outermost one, with modify=True."
                         )
-                    replaced = self._replacements()
+                    replaced, resized = self._replacements(), self._resized()
         finally:
             self._gathered_depth -= 1
         if replaced is not None:
-            self._rebuild(replaced)
+            self._rebuild(replaced, resized)
 
     def _has_new_structure(self) -> bool:
         known = {id(e.parameter) for group in self._parts.groups for e in group.entries}
         now = {id(parameter) for parameter in self.model.parameters()}
         shapes_hold = all(
             tuple(entry.parameter.shape) == slot.shape
+            and entry.parameter.requires_grad == group.trainable
             for group in self._parts.groups
             for slot, entry in zip(group.layout.slots, group.entries, strict=True)
         )
@@ -246,17 +248,38 @@ class Engine:
                     pairs.append((entry.parameter, new))
         return pairs
 
-    def _rebuild(self, replaced: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    def _resized(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """(parameter, new values) of those that got data of another shape, the object staying."""
+        return [
+            (entry.parameter, entry.parameter.data)
+            for group in self._parts.groups
+            for slot, entry in zip(group.layout.slots, group.entries, strict=True)
+            if tuple(entry.parameter.shape) != slot.shape
+        ]
+
+    def _rebuild(
+        self,
+        replaced: Sequence[tuple[nn.Parameter, nn.Parameter]],
+        resized: Sequence[tuple[nn.Parameter, Tensor]],
+    ) -> None:
         """Take a model of another structure over: back to plain, then attach again."""
         optimizer = self.optimizer
+        scale = None if self._parts.scaler is None else self._parts.scaler.state()
         self.detach()
+        # What was made inside has the dtype that computes; the parameters have their own again.
+        for parameter, values in resized:
+            parameter.data = values.to(parameter.dtype)
+        for old, new in replaced:
+            new.data = new.data.to(old.dtype)
         if optimizer is not None:
             new_of = {id(old): new for old, new in replaced}
             for group in optimizer.param_groups:
                 group["params"][:] = [new_of.get(id(each), each) for each in group["params"]]
-            for old, _ in replaced:
+            for old, _ in (*replaced, *resized):
                 optimizer.state.pop(old, None)
         self._take_over()
+        if self._parts.scaler is not None and scale is not None:
+            self._parts.scaler.load(scale)
         if optimizer is not None:
             self.bind_optimizer(optimizer)
 

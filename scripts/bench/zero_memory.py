@@ -12,6 +12,9 @@ reductions under way (what is sent and what arrives), one unit being filled, the
 is the formula plus those, `ratio` is ours over it. Rows of the peers are reported, not judged;
 DeepSpeed has the small bucket that transformers' integration would choose for it.
 
+Some rows stay below their formula: stage 3 casts its part of the masters when it gathers and keeps
+no bf16 copy of that part (14P/N), and stage 1 drops full gradients once they are reduced.
+
 The count knows nothing of the engine (census.py): every storage that Python objects of the process
 can reach.
 """

@@ -33,9 +33,15 @@ class Pending(Generic[T]):
     """A started collective. `wait()` finishes it and returns its result; call it once or more."""
 
     def __init__(
-        self, works: Sequence[dist.Work], finish: Callable[[], T], *, what: str = ""
+        self,
+        works: Sequence[dist.Work],
+        finish: Callable[[], T],
+        *,
+        what: str = "",
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._works = works
+        self._check = check
         self._finish: Callable[[], T] | None = finish
         self._what = what
         self._result: T | None = None
@@ -45,8 +51,11 @@ class Pending(Generic[T]):
 
         Raises:
             MeshError: the backend failed: a peer died, or did not join within the timeout.
+            DivergenceError: in debug mode, instead.
         """
         if self._finish is not None:
+            if self._check is not None:
+                self._check()
             for work in self._works:
                 guard(self._what, work.wait)
             self._result = self._finish()
@@ -88,12 +97,12 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
         return Pending((), lambda: full, what=what)
     parts = _parts(full, group)
     mine = parts[group.rank]
-    journal.note("all_gather", group, num_bytes=full.nbytes, sent=mine.nbytes * (group.size - 1))
+    check = journal.note("all_gather", group, num_bytes=full.nbytes, sent=mine.nbytes * (group.size - 1))
     if full.is_cuda:
         works = [guard(what, lambda: _ALL_GATHER(full, mine, group=group.group, async_op=True))]
     else:
         works = _exchange([mine] * group.size, parts, group=group, what=what)
-    return Pending(works, lambda: full, what=what)
+    return Pending(works, lambda: full, what=what, check=check)
 
 
 def reduce_scatter_flat(
@@ -122,21 +131,21 @@ def reduce_scatter_flat(
         return Pending((), lambda: [send], what=what)
     slices = _parts(send, group)
     sent = slices[0].nbytes * (group.size - 1)
-    journal.note("reduce_scatter", group, num_bytes=send.nbytes, sent=sent)
+    check = journal.note("reduce_scatter", group, num_bytes=send.nbytes, sent=sent)
     if send.is_cuda and send.dtype == torch.float32:
         mine = torch.empty_like(slices[0])
         work = guard(what, lambda: _REDUCE_SCATTER(mine, send, group=group.group, async_op=True))
-        return Pending([work], lambda: [mine], what=what)
+        return Pending([work], lambda: [mine], what=what, check=check)
     received = torch.empty_like(send) if receive is None else receive
     shares = _parts(received, group)
     if send.is_cuda:
         work = guard(
             what, lambda: dist.all_to_all_single(received, send, group=group.group, async_op=True)
         )
-        return Pending([work], lambda: shares, what=what)
+        return Pending([work], lambda: shares, what=what, check=check)
     works = _exchange(slices, shares, group=group, what=what)
     shares[group.rank] = slices[group.rank]
-    return Pending(works, lambda: shares, what=what)
+    return Pending(works, lambda: shares, what=what, check=check)
 
 
 def _exchange(
@@ -201,9 +210,9 @@ def all_reduce_flat(send: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
         return Pending((), lambda: send, what=what)
     if send.is_cuda and send.dtype == torch.float32:
         sent = 2 * send.nbytes // group.size * (group.size - 1)
-        journal.note("all_reduce", group, num_bytes=send.nbytes, sent=sent)
+        check = journal.note("all_reduce", group, num_bytes=send.nbytes, sent=sent)
         work = guard(what, lambda: dist.all_reduce(send, group=group.group, async_op=True))
-        return Pending([work], lambda: send, what=what)
+        return Pending([work], lambda: send, what=what, check=check)
     shares = reduce_scatter_flat(send, group=group, journal=journal)
 
     def finish() -> Tensor:
@@ -226,7 +235,7 @@ def all_reduce_small(
     """Reduce a few elements (norms, flags, counts) in place. One all-reduce; blocks."""
     if group.is_identity:
         return value
-    journal.note("all_reduce", group, num_bytes=value.nbytes, sent=value.nbytes)
+    journal.note("all_reduce", group, num_bytes=value.nbytes, sent=value.nbytes)()
     guard(
         f"all_reduce over {group.label}",
         lambda: dist.all_reduce(value, op=op, group=group.group),
@@ -239,7 +248,7 @@ def broadcast_flat(value: Tensor, *, group: AxisGroup, journal: Journal) -> Tens
     if group.is_identity:
         return value
     sent = value.nbytes if group.rank == 0 else 0
-    journal.note("broadcast", group, num_bytes=value.nbytes, sent=sent)
+    journal.note("broadcast", group, num_bytes=value.nbytes, sent=sent)()
     guard(
         f"broadcast over {group.label}",
         lambda: dist.broadcast(value, group=group.group, group_src=0),

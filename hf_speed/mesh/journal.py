@@ -1,13 +1,20 @@
 """What was sent, in which order, by whom.
 
-Always on: bytes sent by this rank, by operation. In debug mode (`debug.journal`): before each
-collective all ranks of the group compare what they are about to do over a group of their own, so
-that a run whose ranks take different paths stops with the rank, the operation and the caller
-instead of hanging.
+Always on: bytes sent by this rank, by operation. In debug mode (`debug.journal`) a run whose ranks
+take different paths stops with the ranks, the operations and the callers instead of hanging:
+
+    note     before a collective starts: write down what it is, where the other ranks of the group
+             can read it; if one of them has written something else, raise and do not start it
+    check    before it is waited for: wait for what all the others have written, compare
+
+Writing waits for nobody, since ranks may legally start a gather and a reduction in another order:
+those go over different groups. The notes go through the store that the ranks met in.
 """
 
+import json
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +25,8 @@ from hf_speed.errors import DivergenceError
 from hf_speed.mesh.axes import AxisGroup
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
+_KEPT = 1000
+"""Notes of each rank that stay readable; no rank can be further behind."""
 
 
 class Record(NamedTuple):
@@ -30,9 +39,9 @@ class Record(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """The side channel on which the ranks of one group compare notes."""
+    """Where the ranks of one group read each other's notes. `ranks` are those of the world."""
 
-    group: dist.ProcessGroup
+    store: dist.Store
     ranks: list[int]
     timeout: timedelta
 
@@ -52,19 +61,18 @@ class Journal:
         return sum(self.bytes_sent.values())
 
     def watch(self, group: AxisGroup, ranks: list[int], *, timeout: timedelta) -> None:
-        """Open the side channel of a new group. Collective over the world in debug mode."""
-        if not self.enabled or group.is_identity:
+        """In debug mode, follow a new group. Not a collective."""
+        if not self.enabled or group.group is None:
             return
-        # Every rank takes part in every new_group call; peers learn each other's ranks first.
-        everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, ranks)
-        for members in sorted({tuple(each) for each in everyone}):
-            side = dist.new_group(list(members), timeout=timeout, backend="gloo")
-            if isinstance(side, dist.ProcessGroup) and dist.get_rank() in members:
-                self._watches[group.label] = Watch(side, list(members), timeout)
+        # torch has no public name for the store that a process group was made with.
+        store = dist.distributed_c10d._get_default_store()
+        own = dist.PrefixStore(f"hf_speed/journal/{group.group.group_name}", store)
+        self._watches[group.label] = Watch(own, list(ranks), timeout)
 
-    def note(self, operation: str, group: AxisGroup, *, num_bytes: int, sent: int) -> None:
-        """Record a collective that is about to start.
+    def note(
+        self, operation: str, group: AxisGroup, *, num_bytes: int, sent: int
+    ) -> Callable[[], None]:
+        """Record a collective that is about to start. Waits for nobody.
 
         Args:
             operation: its name, for example "all_gather".
@@ -72,42 +80,71 @@ class Journal:
             num_bytes: size of the buffer, which all ranks must agree on.
             sent: bytes that this rank will send to others.
 
+        Returns:
+            What to call before waiting for the collective: in debug mode it blocks until every rank
+            has come to it, and raises DivergenceError as this does.
+
         Raises:
-            DivergenceError: debug mode, and a rank of the group is about to do something else or
-                does not arrive within the timeout.
+            DivergenceError: debug mode, and another rank is about to do something else, or (when
+                called before waiting) does not come within the timeout.
         """
         self.bytes_sent[operation] += sent
         watch = self._watches.get(group.label)
         if watch is None:
-            return
+            return _nothing
         self._sequence[group.label] += 1
         record = Record(self._sequence[group.label], operation, num_bytes, _caller())
-        try:
-            dist.monitored_barrier(watch.group, timeout=watch.timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise DivergenceError(
-                f"Not every rank of {group.label} {watch.ranks} came to {_describe(record)}: "
-                f"{error}. "
-                f"Every rank must run the same modules in the same order."
-            ) from error
-        everyone: list[Record | None] = [None] * group.size
-        dist.all_gather_object(everyone, tuple(record), group=watch.group)
-        records = [Record(*each) for each in everyone if each is not None]
-        if len({each[:3] for each in records}) > 1:
-            lines = "\n".join(
-                f"  rank {rank}: {_describe(each)}"
-                for rank, each in zip(watch.ranks, records, strict=True)
-            )
-            raise DivergenceError(
-                f"Ranks of {group.label} are about to run different collectives:\n{lines}\n"
-                f"Every rank must run the same modules in the same order."
-            )
+        watch.store.set(_key(record.sequence, watch.ranks[group.rank]), json.dumps(record))
+        if record.sequence > _KEPT:
+            watch.store.delete_key(_key(record.sequence - _KEPT, watch.ranks[group.rank]))
+        # Of two ranks that write and then look at least one sees the other.
+        _compare(record, watch, group.label, _notes(record, watch))
+        return lambda: _check(record, watch, group.label)
 
     def close(self) -> None:
-        """Destroy the side channels. Not a collective."""
-        for watch in self._watches.values():
-            dist.destroy_process_group(watch.group)
+        """Follow no group any more. Not a collective."""
         self._watches.clear()
+
+
+def _nothing() -> None:
+    """The check where nothing is checked."""
+
+
+def _key(sequence: int, rank: int) -> str:
+    return f"{sequence}/{rank}"
+
+
+def _notes(record: Record, watch: Watch) -> dict[int, Record]:
+    """What each rank has written about this place in the order, of those that have."""
+    keys = {rank: _key(record.sequence, rank) for rank in watch.ranks}
+    return {
+        rank: Record(*json.loads(watch.store.get(key)))
+        for rank, key in keys.items()
+        if watch.store.check([key])
+    }
+
+
+def _check(record: Record, watch: Watch, label: str) -> None:
+    keys = [_key(record.sequence, rank) for rank in watch.ranks]
+    try:
+        watch.store.wait(keys, watch.timeout)
+    except RuntimeError as error:
+        absent = sorted(set(watch.ranks) - _notes(record, watch).keys())
+        raise DivergenceError(
+            f"Of the ranks {watch.ranks} of {label}, {absent} did not come to {_describe(record)} "
+            f"within {watch.timeout.total_seconds():g} s (debug.timeout_s): they died, or run other "
+            f"modules. Every rank must run the same modules in the same order."
+        ) from error
+    _compare(record, watch, label, _notes(record, watch))
+
+
+def _compare(record: Record, watch: Watch, label: str, notes: dict[int, Record]) -> None:
+    if any(each[:3] != record[:3] for each in notes.values()):
+        lines = "\n".join(f"  rank {rank}: {_describe(each)}" for rank, each in notes.items())
+        raise DivergenceError(
+            f"Ranks {watch.ranks} of {label} are about to run different collectives:\n{lines}\n"
+            f"Every rank must run the same modules in the same order."
+        )
 
 
 def _describe(record: Record) -> str:

@@ -61,11 +61,15 @@ class Chooser(nn.Module):
 
 
 def _beside_ddp(
-    make: Callable[[], nn.Module], stage: int, forward: Callable[[nn.Module, int], Tensor]
+    make: Callable[[], nn.Module],
+    stage: int,
+    forward: Callable[[nn.Module, int], Tensor],
+    *,
+    journal: bool = False,
 ) -> Pair:
     """Parameters after three steps of AdamW with weight decay, by an engine and by DDP."""
     ours, theirs = make(), make()
-    engine = Engine.attach(ours, speed(stage, debug={"timeout_s": 20.0}))
+    engine = Engine.attach(ours, speed(stage, debug={"timeout_s": 20.0, "journal": journal}))
     our_optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1)
     engine.bind_optimizer(our_optimizer)
@@ -82,7 +86,12 @@ def _skipping_blocks() -> list[Pair]:
     def forward(model: nn.Module, step: int) -> Tensor:
         return model(tower_rows(step), skip=_skips(step))
 
-    return [_beside_ddp(lambda: Tower(num_blocks=NUM_BLOCKS), stage, forward) for stage in STAGES]
+    def make() -> nn.Module:
+        return Tower(num_blocks=NUM_BLOCKS)
+
+    pairs = [_beside_ddp(make, stage, forward) for stage in STAGES]
+    # The journal takes no offence: gathers and reductions are two orders.
+    return [*pairs, _beside_ddp(make, 3, forward, journal=True)]
 
 
 def test_ranks_that_skip_different_blocks_train_as_ddp_with_find_unused() -> None:

@@ -1,1 +1,1 @@
-"""Where hf_speed meets other libraries: the only room that imports transformers, accelerate, peft, trl or the Hub's client."""
+"""Where hf_speed meets transformers, accelerate, peft and the Hub: no other room imports them."""

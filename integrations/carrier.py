@@ -1,4 +1,4 @@
-"""How a config reaches an integrated class: what the user passed, else what the launcher carried in HF_SPEED_CONFIG."""
+"""How a config reaches an integrated class: from the user, or else in HF_SPEED_CONFIG."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def carried_config(value: SpeedConfigLike | None) -> SpeedConfig | None:
 
 
 def plain_config(value: SpeedConfigLike | None) -> dict[str, Any] | str | None:
-    """The same config as a value that JSON can hold: a path stays a path, everything else becomes a dict."""
+    """The same config as JSON can hold it: a path stays a path, the rest becomes a dict."""
     if isinstance(value, SpeedConfig):
         return value.to_dict()
     if isinstance(value, Mapping):

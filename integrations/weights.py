@@ -1,15 +1,16 @@
 """Weights between an engine and a directory, for the Trainer and the Accelerator alike.
 
-out   engine.full_parameters -> hub.save_hub_model (every rank its own files), or PEFT's own layout for adapters
-in    hf_speed/ state where a checkpoint has it (exact masters), else the Hub files, slice by slice
+out   engine.full_parameters -> hub.save_hub_model (every rank its own files), or PEFT's own layout
+for adapters in    hf_speed/ state where a checkpoint has it (exact masters), else the Hub files,
+slice by slice
 
-The dtype in files is the one that the model came in, taken from the masters: a model loaded in fp32 and trained with
-bf16=True is saved in fp32, as transformers does.
+The dtype in files is the one that the model came in, taken from the masters: a model loaded in fp32
+and trained with bf16=True is saved in fp32, as transformers does.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +37,12 @@ def file_dtype(engine: Engine) -> torch.dtype | None:
     return None if config.compute_dtype in (None, config.param_dtype) else config.param_dtype
 
 
-def full_weights(engine: Engine, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor) of parameters, the precise ones where there are masters; each valid until the next.
+def full_weights(
+    engine: Engine, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) of parameters, from the masters where there are any.
 
-    Collective, unit by unit.
+    Each is valid until the next. Collective, unit by unit.
     """
     chosen = None if names is None else list(names)
     return engine.full_parameters(chosen, master=file_dtype(engine) is not None)
@@ -48,8 +51,8 @@ def full_weights(engine: Engine, names: Iterable[str] | None = None) -> Iterator
 def full_state_dict(engine: Engine) -> dict[str, Tensor]:
     """What `model.state_dict()` would be. Collective.
 
-    Stages 0 to 2: on every rank, without a copy where no dtype changes. Stage 3: on rank 0 in host memory, and {} on the
-    others.
+    Stages 0 to 2: on every rank, without a copy where no dtype changes. Stage 3: on rank 0 in host
+    memory, and {} on the others.
     """
     is_sharded = engine.config.stage == 3
     keeps = not is_sharded or engine.mesh.world.rank == 0
@@ -57,7 +60,11 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in full_weights(engine):
         if keeps:
-            kept = value.detach().to(dtype=dtype) if dtype is not None and value.is_floating_point() else value.detach()
+            kept = (
+                value.detach().to(dtype=dtype)
+                if dtype is not None and value.is_floating_point()
+                else value.detach()
+            )
             weights[name] = kept.to("cpu", copy=True) if is_sharded else kept
     if not keeps:
         return {}
@@ -66,7 +73,7 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
 
 
 def _state_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(state dict key, the name under which the same tensor is known first), in the order of `state_dict()`."""
+    """(state dict key, first name of the same tensor), in the order of `state_dict()`."""
     first: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -76,7 +83,10 @@ def _state_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def write_model(engine: Engine, directory: str, *, max_shard_bytes: int | None = None) -> None:
-    """Write the model for the Hub: every rank its own files. Adapters in PEFT's layout, from rank 0. Collective."""
+    """Write the model for the Hub. Collective.
+
+    Every rank writes its own files; adapters come from rank 0, in PEFT's layout.
+    """
     if is_peft(engine.model):
         state = adapter_state(engine)
         if engine.mesh.world.rank == 0:
@@ -94,7 +104,7 @@ def write_model(engine: Engine, directory: str, *, max_shard_bytes: int | None =
 
 
 def is_peft(model: nn.Module) -> bool:
-    """Whether PEFT saves this model: a PeftModel, or a transformers model that adapters were added to."""
+    """Whether PEFT saves this model: a PeftModel, or one that adapters were added to."""
     return bool(getattr(model, "peft_config", None))
 
 
@@ -109,16 +119,20 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def adapter_state(engine: Engine) -> dict[str, Tensor]:
-    """The full tensors that PEFT may save, on rank 0 in host memory; {} on the others. Collective."""
+    """What PEFT may save, whole, on rank 0 in host memory; {} on others. Collective."""
     keeps = engine.mesh.world.rank == 0
     names = adapter_names(engine.model)
-    state = {name: value.detach().to("cpu", copy=True) for name, value in full_weights(engine, names) if keeps}
+    state = {
+        name: value.detach().to("cpu", copy=True)
+        for name, value in full_weights(engine, names)
+        if keeps
+    }
     return state | {name: buffer for name, buffer in persistent_buffers(engine.model) if keeps}
 
 
 def has_engine_state(directory: str) -> bool:
     """Whether a checkpoint holds hf_speed's own state, saved to the end."""
-    return os.path.isfile(os.path.join(directory, MANIFEST_PATH))
+    return (Path(directory) / MANIFEST_PATH).is_file()
 
 
 def load_model(engine: Engine, directory: str) -> None:
@@ -136,8 +150,8 @@ def load_model(engine: Engine, directory: str) -> None:
 def _load_adapters(engine: Engine, directory: str) -> None:
     """Read every adapter of a PEFT model; its frozen base is not part of a checkpoint.
 
-    PEFT's own loader reads `model.state_dict()`, for which the base would have to be gathered. Its saver only renames, so
-    it is asked for the names of tensors without values.
+    PEFT's own loader reads `model.state_dict()`, for which the base would have to be gathered. Its
+    saver only renames, so it is asked for the names of tensors without values.
     """
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -147,18 +161,23 @@ def _load_adapters(engine: Engine, directory: str) -> None:
     empty = {name: torch.empty(shapes[name], device="meta") for name in adapter_names(model)}
     name_of = {id(value): name for name, value in empty.items()}
     for adapter in model.peft_config:
-        home = directory if adapter == "default" else os.path.join(directory, adapter)
-        saved = get_peft_model_state_dict(model, state_dict=empty, adapter_name=adapter, save_embedding_layers=False)
+        home = directory if adapter == "default" else f"{directory}/{adapter}"
+        saved = get_peft_model_state_dict(
+            model, state_dict=empty, adapter_name=adapter, save_embedding_layers=False
+        )
         known = {key: name_of.get(id(value)) for key, value in saved.items()}
         try:
             stored = load_peft_weights(home, device="cpu")
         except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{home} holds no readable adapter {adapter!r}: {error}.") from error
+            raise CheckpointError(
+                f"{home} holds no readable adapter {adapter!r}: {error}."
+            ) from error
         for key, value in stored.items():
             name = known.get(key) or (key if key in shapes else None)
             if name is None or shapes[name] != value.shape:
                 raise CheckpointError(
-                    f"The adapter in {home} has {key} of shape {tuple(value.shape)}, for which {type(model).__name__} "
+                    f"The adapter in {home} has {key} of shape {tuple(value.shape)}, for which "
+                    f"{type(model).__name__} "
                     f"has no place. Resume with the PEFT config that it was saved with."
                 )
             engine.set_full_parameter(name, value)
@@ -186,11 +205,13 @@ def load_weights(engine: Engine, directory: str) -> None:
         load_whole(engine, directory, dtype=file_dtype(engine) or engine.config.param_dtype)
     if has_engine_state(directory):
         with StateReader(directory) as reader:
-            engine.load_parameters(lambda name, start, numel: reader.read(name, "master", start, numel))
+            engine.load_parameters(
+                lambda name, start, numel: reader.read(name, "master", start, numel)
+            )
 
 
 class HubFiles:
-    """The safetensors files of a Hub model, read by the names and intervals that an engine asks for.
+    """The files of a Hub model, read by names and intervals as an engine asks.
 
     Args:
         directory: holds model.safetensors, or an index and its files.
@@ -199,7 +220,9 @@ class HubFiles:
 
     def __init__(self, directory: str, plan: ModelPlan) -> None:
         self._directory = directory
-        self._target_of = {group.sources[0]: group.targets[0] for group in plan.groups if group.targets}
+        self._target_of = {
+            group.sources[0]: group.targets[0] for group in plan.groups if group.targets
+        }
         self._aliases = plan.aliases
         self._file_of = _weight_map(directory)
         self._open: dict[str, Any] = {}
@@ -215,15 +238,18 @@ class HubFiles:
             return None
         if target not in self._file_of:
             raise CheckpointError(
-                f"{self._directory} has no tensor {target}, which this model needs: it is of another model."
+                f"{self._directory} has no tensor {target}, which this model needs: it is of "
+                "another model."
             )
-        path = os.path.join(self._directory, self._file_of[target])
+        path = str(Path(self._directory) / self._file_of[target])
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
             return self._interval(self._open[path], target, start, numel)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}, which holds {target}, cannot be read: {error}.") from error
+            raise CheckpointError(
+                f"{path}, which holds {target}, cannot be read: {error}."
+            ) from error
 
     def _interval(self, file: Any, target: str, start: int, numel: int) -> Tensor:
         stored = file.get_slice(target)
@@ -231,7 +257,8 @@ class HubFiles:
         row = torch.Size(shape[1:]).numel()
         if start + numel > torch.Size(shape).numel():
             raise CheckpointError(
-                f"{target} in {self._directory} has shape {tuple(shape)}, too small for this model's: it is of another "
+                f"{target} in {self._directory} has shape {tuple(shape)}, too small for this "
+                "model's: it is of another "
                 f"model."
             )
         if not shape:
@@ -244,12 +271,11 @@ class HubFiles:
 
 def _weight_map(directory: str) -> dict[str, str]:
     """Tensor name -> file name."""
-    index = os.path.join(directory, INDEX_NAME)
-    single = os.path.join(directory, SINGLE_NAME)
+    index = Path(directory) / INDEX_NAME
+    single = Path(directory) / SINGLE_NAME
     try:
-        if os.path.isfile(index):
-            with open(index, encoding="utf-8") as text:
-                return dict(json.load(text)["weight_map"])
+        if index.is_file():
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), SINGLE_NAME)
     except (OSError, SafetensorError, ValueError, KeyError) as error:

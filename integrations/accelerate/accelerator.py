@@ -3,17 +3,18 @@
     accelerator = Accelerator(hf_speed={"zero": {"stage": 3}})
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-prepare_model attaches an engine to the model in place and leaves autocast to accelerate; prepare_optimizer binds the
-user's optimizer to it. Data loaders, schedulers, gather and trackers are accelerate's own, untouched. Without a config
-(hf_speed=None and no HF_SPEED_CONFIG) every method is accelerate's.
+prepare_model attaches an engine to the model in place and leaves autocast to accelerate;
+prepare_optimizer binds the user's optimizer to it. Data loaders, schedulers, gather and trackers
+are accelerate's own, untouched. Without a config (hf_speed=None and no HF_SPEED_CONFIG) every
+method is accelerate's.
 
-The accelerator holds no engine: it finds them on the models that it prepared, so free_memory() loses none.
+The accelerator holds no engine: it finds them on the models that it prepared, so free_memory()
+loses none.
 """
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from types import MethodType
 from typing import Any, Self
 
 import accelerate
@@ -40,7 +41,8 @@ class Accelerator(accelerate.Accelerator):
 
     Args:
         args: as for accelerate.Accelerator.
-        hf_speed: a path, JSON text, a dict or a SpeedConfig; None: HF_SPEED_CONFIG, or else plain accelerate.
+        hf_speed: a path, JSON text, a dict or a SpeedConfig; None: HF_SPEED_CONFIG, or else plain
+            accelerate.
         kwargs: as for accelerate.Accelerator.
 
     Raises:
@@ -54,21 +56,27 @@ class Accelerator(accelerate.Accelerator):
 
     @classmethod
     def adopt(cls, accelerator: accelerate.Accelerator, config: SpeedConfig | None) -> Self:
-        """Make an accelerator that exists one of ours: the class of this one instance changes, nothing else.
+        """Make an existing accelerator one of ours.
+
+        The class of this one instance changes, nothing else.
 
         Raises:
             ConfigError: another backend is asked for beside it.
         """
         kind = type(accelerator)
         if not issubclass(kind, cls):
-            accelerator.__class__ = cls if kind is accelerate.Accelerator else type(kind.__name__, (cls, kind), {})
+            accelerator.__class__ = (
+                cls if kind is accelerate.Accelerator else type(kind.__name__, (cls, kind), {})
+            )
         accelerator._take_config(config)  # pyrefly: ignore[missing-attribute]
         return accelerator  # pyrefly: ignore[bad-return]
 
     def _take_config(self, config: SpeedConfig | None) -> None:
         self.hf_speed_config = config
         # Not read from the shared state later: every TrainingArguments() resets that.
-        self.compute_dtype = _COMPUTE_DTYPES.get(self.mixed_precision) if config is not None else None
+        self.compute_dtype = (
+            _COMPUTE_DTYPES.get(self.mixed_precision) if config is not None else None
+        )
         self.state_weights: list[tuple[Engine, dict[str, Any]]] | None = None
         if config is None:
             return
@@ -77,7 +85,8 @@ class Accelerator(accelerate.Accelerator):
         # The engine scales the loss, and agrees on overflow over the ranks that share a shard.
         self.scaler = None
         if self.mixed_precision == "fp16":
-            # accelerate computes fp16 on a CPU without autocast; with it, CPU and GPU run the same casts.
+            # accelerate computes fp16 on a CPU without autocast; with it, CPU and GPU run the same
+            # casts.
             self.native_amp = True
 
     def _refuse_other_backends(self) -> None:
@@ -90,20 +99,28 @@ class Accelerator(accelerate.Accelerator):
         for name, value in asked_for.items():
             if value is not None:
                 raise ConfigError(
-                    f"hf_speed and {name}={type(value).__name__} were both asked for, but only one can lay out the "
-                    f"processes. Remove {name} (an accelerate config or ACCELERATE_USE_* may set it), or hf_speed."
+                    f"hf_speed and {name}={type(value).__name__} were both asked for, but only one "
+                    "can lay out the "
+                    f"processes. Remove {name} (an accelerate config or ACCELERATE_USE_* may set "
+                    "it), or hf_speed."
                 )
         if self.scaler_handler is not None:
             raise ConfigError(
-                "GradScalerKwargs has no effect under hf_speed, which scales the loss itself. Remove it and set "
+                "GradScalerKwargs has no effect under hf_speed, which scales the loss itself. "
+                "Remove it and set "
                 "precision.loss_scale (initial, window, hysteresis, floor) in the hf_speed config."
             )
         if self.mixed_precision == "fp8":
-            raise ConfigError("mixed_precision='fp8' is not supported by hf_speed. Use 'no', 'bf16' or 'fp16'.")
-        if self.state.dynamo_plugin.backend != DynamoBackend.NO:
             raise ConfigError(
-                f"torch.compile (dynamo backend {self.state.dynamo_plugin.backend}) is not supported by hf_speed: the "
-                f"compiled graph would hold on to parameters that the engine re-points. Leave it off."
+                "mixed_precision='fp8' is not supported by hf_speed. Use 'no', 'bf16' or 'fp16'."
+            )
+        dynamo: Any = self.state.dynamo_plugin
+        if dynamo.backend != DynamoBackend.NO:
+            raise ConfigError(
+                f"torch.compile (dynamo backend {dynamo.backend}) is not "
+                "supported by hf_speed: the "
+                "compiled graph would hold on to parameters that the engine re-points. Leave it "
+                "off."
             )
 
     @property
@@ -130,25 +147,29 @@ class Accelerator(accelerate.Accelerator):
     ) -> nn.Module:
         """Attach an engine to `model`, in place; returns the same object.
 
-        Collective. In evaluation mode too: at stage 3 a model that is only evaluated is sharded as well, and an
-        optimizer may be bound to it later.
+        Collective. In evaluation mode too: at stage 3 a model that is only evaluated is sharded as
+        well, and an optimizer may be bound to it later.
 
         Raises:
             ConfigError: the model is spread over devices by `device_map`.
         """
         if self.hf_speed_config is None:
-            return super().prepare_model(model, device_placement=device_placement, evaluation_mode=evaluation_mode)
+            return super().prepare_model(
+                model, device_placement=device_placement, evaluation_mode=evaluation_mode
+            )
         if self.verify_device_map(model):
             raise ConfigError(
-                f"{type(model).__name__} was loaded with device_map over several devices, which hf_speed cannot shard. "
+                f"{type(model).__name__} was loaded with device_map over several devices, which "
+                "hf_speed cannot shard. "
                 f"Load it without device_map, or with hf_speed.from_pretrained."
             )
         engine = engine_of(model)
         if engine is not None:
             _check_whole(engine, model)
         elif next(model.parameters(), None) is not None:
-            attach(model, self.hf_speed_config, compute_dtype=self.compute_dtype, device=self.device)
-            vars(model)["zero_grad"] = MethodType(zero_grad, model)
+            attach(
+                model, self.hf_speed_config, compute_dtype=self.compute_dtype, device=self.device
+            )
         else:
             model.to(self.device)
         # Evaluation mode leaves out DistributedDataParallel and keeps autocast.
@@ -162,7 +183,7 @@ class Accelerator(accelerate.Accelerator):
         optimizer: torch.optim.Optimizer,
         device_placement: bool | None = None,  # noqa: FBT001 - accelerate's signature
     ) -> torch.optim.Optimizer:
-        """Bind `optimizer` to the engine of the model that it trains; waits if that is not prepared yet.
+        """Bind `optimizer` to the engine of its model, or wait until that is prepared.
 
         Raises:
             ConfigError: it cannot work on shards, or trains parameters of two models.
@@ -185,7 +206,8 @@ class Accelerator(accelerate.Accelerator):
         if len(owners) > 1:
             names = ", ".join(type(engine.model).__name__ for engine in owners)
             raise ConfigError(
-                f"One {type(optimizer.optimizer).__name__} trains parameters of {len(owners)} prepared models ({names}). "
+                f"One {type(optimizer.optimizer).__name__} trains parameters of {len(owners)} "
+                f"prepared models ({names}). "
                 f"Give each model its own optimizer, or prepare one nn.Module that holds them all."
             )
         if owners:
@@ -207,14 +229,16 @@ class Accelerator(accelerate.Accelerator):
         scales = {engine.loss_scale for engine in engines}
         if len(scales) > 1:
             raise ConfigError(
-                f"{len(engines)} models are trained in fp16 with different loss scales ({sorted(scales)}), and a loss "
-                f"can be multiplied by one only. Train them in bf16, or prepare one nn.Module that holds them all."
+                f"{len(engines)} models are trained in fp16 with different loss scales "
+                f"({sorted(scales)}), and a loss "
+                "can be multiplied by one only. Train them in bf16, or prepare one nn.Module that "
+                "holds them all."
             )
         engines[0].backward(loss / self.gradient_accumulation_steps, **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """Gradients of backwards inside stay on this rank and add up there, until the first backward outside."""
+        """Keep gradients on this rank, where they add up, until the first backward outside."""
         engine = engine_of(model) if self.hf_speed_config is not None else None
         if engine is None:
             with super().no_sync(model):
@@ -227,21 +251,24 @@ class Accelerator(accelerate.Accelerator):
         finally:
             engine.sync_gradients = before
 
-    def unscale_gradients(self, optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None) -> None:
+    def unscale_gradients(
+        self, optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None
+    ) -> None:
         """Nothing under hf_speed: clipping and the step see unscaled gradients."""
         if self.hf_speed_config is None:
             super().unscale_gradients(optimizer)
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0
-    ) -> Tensor:
-        """Clip the gradient of a whole prepared model by its norm over all ranks; one scalar all-reduce.
+    ) -> Tensor | None:
+        """Clip a prepared model's gradient by its norm over all ranks; one scalar all-reduce.
 
         Returns:
             The norm before clipping, 0-d.
 
         Raises:
-            ConfigError: `parameters` are some of a prepared model's trainable parameters, but not all.
+            ConfigError: `parameters` are some of a prepared model's trainable parameters, but not
+                all.
         """
         parameters = _listed(parameters)
         engine = self._engine_of_parameters(parameters)
@@ -253,7 +280,8 @@ class Accelerator(accelerate.Accelerator):
         """Clamp every element of a whole prepared model's gradient to +-`clip_value`.
 
         Raises:
-            ConfigError: `parameters` are some of a prepared model's trainable parameters, but not all.
+            ConfigError: `parameters` are some of a prepared model's trainable parameters, but not
+                all.
         """
         parameters = _listed(parameters)
         engine = self._engine_of_parameters(parameters)
@@ -269,32 +297,42 @@ class Accelerator(accelerate.Accelerator):
             trained = _ids(each for each in engine.model.parameters() if each.requires_grad)
             held = set[int]()
             if engine.optimizer is not None:
-                held = _ids(each for group in engine.optimizer.param_groups for each in group["params"])
+                held = _ids(
+                    each for group in engine.optimizer.param_groups for each in group["params"]
+                )
             if (trained and trained <= given) or (held and held <= given):
                 found.append(engine)
             elif given & (trained | held):
                 raise ConfigError(
-                    f"Clipping got {len(given & (trained | held))} of the {len(trained)} trainable parameters of "
-                    f"{type(engine.model).__name__}; their gradients live in shards that can be clipped only together. "
+                    f"Clipping got {len(given & (trained | held))} of the {len(trained)} trainable "
+                    "parameters of "
+                    f"{type(engine.model).__name__}; their gradients live in shards that can be "
+                    "clipped only together. "
                     f"Pass model.parameters()."
                 )
         if len(found) > 1:
             raise ConfigError(
-                f"Clipping got the parameters of {len(found)} prepared models at once. Clip each model by itself, or "
+                f"Clipping got the parameters of {len(found)} prepared models at once. Clip each "
+                "model by itself, or "
                 f"prepare one nn.Module that holds them all."
             )
         return found[0] if found else None
 
     # ---- reading and writing ----
 
-    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:  # noqa: FBT001, FBT002
-        """The full state dict. Collective at stage 3, where rank 0 gets it in host memory and the others get {}."""
+    def get_state_dict(
+        self,
+        model: nn.Module,
+        unwrap: bool = True,  # noqa: FBT001, FBT002 - accelerate's signature
+    ) -> dict[str, Any]:
+        """The full state dict; collective. At stage 3 rank 0 has it on the host, others get {}."""
         engine = engine_of(model) if self.hf_speed_config is not None else None
         if engine is None:
             return super().get_state_dict(model, unwrap=unwrap)
         if self.state_weights is None:
             return full_state_dict(engine)
-        # save_state asks for every model's weights; at stage 3 the engine writes them without gathering them all.
+        # save_state asks for every model's weights; at stage 3 the engine writes them without
+        # gathering them all.
         weights = {} if engine.config.stage == 3 else full_state_dict(engine)
         self.state_weights.append((engine, weights))
         return weights
@@ -308,7 +346,8 @@ class Accelerator(accelerate.Accelerator):
     ) -> None:
         """Write the full weights as accelerate does; collective.
 
-        At stage 3 every rank writes the files that it owns, and only one file's worth is in memory at a time.
+        At stage 3 every rank writes the files that it owns, and only one file's worth is in memory
+        at a time.
         """
         engine = engine_of(model) if self.hf_speed_config is not None else None
         if engine is None or not safe_serialization:
@@ -323,7 +362,7 @@ class Accelerator(accelerate.Accelerator):
         output_dir: str | None = None,
         safe_serialization: bool = True,  # noqa: FBT001, FBT002 - accelerate's signature
         **save_model_func_kwargs: Any,
-    ) -> str:
+    ) -> Any:
         """As accelerate's; each engine writes its shards in parallel. Collective."""
         if not self.engines:
             return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
@@ -331,9 +370,12 @@ class Accelerator(accelerate.Accelerator):
             return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
 
     def load_state(
-        self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **load_model_func_kwargs: Any
+        self,
+        input_dir: str | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        **load_model_func_kwargs: Any,
     ) -> None:
-        """As accelerate's; each engine reads its shards, whatever the world that wrote them. Collective."""
+        """As accelerate's; each engine reads its shards, of any world. Collective."""
         if not self.engines:
             super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
             return
@@ -341,21 +383,15 @@ class Accelerator(accelerate.Accelerator):
             super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
 
 
-def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's signature
-    """nn.Module.zero_grad for a prepared model: the gradients that count are on the optimizer's pieces."""
-    type(self).zero_grad(self, set_to_none)
-    engine = engine_of(self)
-    if engine is not None and engine.optimizer is not None:
-        engine.optimizer.zero_grad(set_to_none)
-
-
 def _check_whole(engine: Engine, model: nn.Module) -> None:
-    """A model that was wrapped after it was prepared has parameters that its engine does not know."""
+    """Refuse a model wrapped after it was prepared: its engine lacks the new parameters."""
     extra = _ids(model.parameters()) - _ids(engine.model.parameters())
     if extra:
         raise ConfigError(
-            f"{type(model).__name__} has {len(extra)} parameters more than the {type(engine.model).__name__} inside it, "
-            f"which was prepared before. Add adapters and heads first, then prepare the outermost model once."
+            f"{type(model).__name__} has {len(extra)} parameters more than the "
+            f"{type(engine.model).__name__} inside it, "
+            "which was prepared before. Add adapters and heads first, then prepare the outermost "
+            "model once."
         )
 
 

@@ -1,4 +1,4 @@
-"""What `Accelerator.prepare` makes of an optimizer: accelerate's own wrapper, which asks the engine about skipped steps."""
+"""accelerate's wrapper around an optimizer, which here asks the engine about skipped steps."""
 
 from typing import Any
 
@@ -11,22 +11,22 @@ from hf_speed.engine import Engine
 class SpeedOptimizer(AcceleratedOptimizer):
     """accelerate's wrapper around the user's optimizer, which an engine steps on shards.
 
-    The optimizer object stays the user's: the engine works through its step hooks. `engine` is None until the model that
-    the optimizer trains has been prepared.
+    The optimizer object stays the user's: the engine works through its step hooks. `engine` is None
+    until the model that the optimizer trains has been prepared.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         """Wrap `optimizer`.
 
-        Not placed on the device, which would copy its state through load_state_dict: the engine's shards are there.
-        No GradScaler: the engine scales the loss.
+        Not placed on the device, which would copy its state through load_state_dict: the engine's
+        shards are there. No GradScaler: the engine scales the loss.
         """
         super().__init__(optimizer, device_placement=False, scaler=None)
         self.engine: Engine | None = None
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step was skipped on every rank, because a gradient overflowed in fp16."""
+        """Whether every rank skipped the last step, because a gradient overflowed in fp16."""
         return self.engine is not None and self.engine.step_was_skipped
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """save_state and load_state: the engines' share of what accelerate does.
 
-accelerate names the directory, limits their number, and saves schedulers, samplers, RNG and custom objects itself.
-For the length of a call, optimizers that an engine steps are hidden from it (their state is in shards), and one more
-hook, after the user's own, writes or reads the engines.
+accelerate names the directory, limits their number, and saves schedulers, samplers, RNG and custom
+objects itself. For the length of a call, optimizers that an engine steps are hidden from it (their
+state is in shards), and one more hook, after the user's own, writes or reads the engines.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -16,26 +15,35 @@ from hf_speed.engine import Engine, engine_of
 from hf_speed.integrations.accelerate.optimizer import SpeedOptimizer
 from hf_speed.integrations.weights import load_model, write_model
 
-if TYPE_CHECKING:
-    from hf_speed.integrations.accelerate.accelerator import Accelerator
+
+class Host(Protocol):
+    """What is asked of an Accelerator."""
+
+    _models: list[Any]
+    _optimizers: list[Any]
+    state_weights: list[tuple[Engine, dict[str, Any]]] | None
+    register_save_state_pre_hook: Any
+    register_load_state_pre_hook: Any
 
 
-def _directories(accelerator: "Accelerator", root: str) -> list[tuple[Engine, str]]:
-    """Where each engine's model goes: the directory itself, or `model_<i>` where there are several models."""
+def _directories(accelerator: Host, root: str) -> list[tuple[Engine, str]]:
+    """Where each engine's model goes: the directory itself, or one for each of several."""
     engines = [engine_of(model) for model in accelerator._models]
     alone = len(engines) == 1
     return [
-        (engine, root if alone else os.path.join(root, f"model_{index}"))
+        (engine, root if alone else f"{root}/model_{index}")
         for index, engine in enumerate(engines)
         if engine is not None
     ]
 
 
 @contextlib.contextmanager
-def _without_bound_optimizers(accelerator: "Accelerator") -> Iterator[None]:
+def _without_bound_optimizers(accelerator: Host) -> Iterator[None]:
     everything = accelerator._optimizers
     accelerator._optimizers = [
-        each for each in everything if not (isinstance(each, SpeedOptimizer) and each.engine is not None)
+        each
+        for each in everything
+        if not (isinstance(each, SpeedOptimizer) and each.engine is not None)
     ]
     try:
         yield
@@ -44,11 +52,11 @@ def _without_bound_optimizers(accelerator: "Accelerator") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def engines_save(accelerator: "Accelerator") -> Iterator[None]:
+def engines_save(accelerator: Host) -> Iterator[None]:
     """While it lasts, accelerate's save_state also writes the engines."""
     accelerator.state_weights = []
 
-    def hook(models: list[nn.Module], weights: list[dict[str, Any]], directory: str) -> None:
+    def hook(_models: list[nn.Module], weights: list[dict[str, Any]], directory: str) -> None:
         placeholders = {id(state): engine for engine, state in accelerator.state_weights or ()}
         # A hook of the user's that saved a model itself has taken its weights out of the list.
         unsaved = [placeholders[id(state)] for state in weights if id(state) in placeholders]
@@ -68,7 +76,7 @@ def engines_save(accelerator: "Accelerator") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def engines_load(accelerator: "Accelerator") -> Iterator[None]:
+def engines_load(accelerator: Host) -> Iterator[None]:
     """While it lasts, accelerate's load_state also reads the engines."""
 
     def hook(models: list[nn.Module], directory: str) -> None:

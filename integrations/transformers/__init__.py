@@ -1,6 +1,7 @@
-"""hf_speed behind `transformers.Trainer` and `transformers.TrainingArguments`, and loading straight into shards.
+"""hf_speed behind transformers' Trainer and TrainingArguments, and loading in slices.
 
-Names are loaded on first use: what belongs to the Accelerator needs the Hub layout from here, but not the Trainer.
+Names are loaded on first use: what belongs to the Accelerator needs the Hub layout from here, but
+not the Trainer.
 """
 
 from importlib import import_module

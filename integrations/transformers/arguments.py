@@ -3,8 +3,9 @@
     class MyArguments(transformers.TrainingArguments): ...
     MyArguments = integrate_args(MyArguments)
 
-The field keeps what the user gave, as a value that JSON can hold, so to_dict, to_json_string, dataclasses.replace and
-HfArgumentParser see nothing special; the checked SpeedConfig lives beside it in the plain attribute `hf_speed_config`.
+The field keeps what the user gave, as a value that JSON can hold, so to_dict, to_json_string,
+dataclasses.replace and HfArgumentParser see nothing special; the checked SpeedConfig lives beside
+it in the plain attribute `hf_speed_config`.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from hf_speed.config.tree import SpeedConfig
 from hf_speed.errors import ConfigError
 from hf_speed.integrations.carrier import carried_config, plain_config
 
-FIELD_HELP = "hf_speed config: a path to a .yaml or .json file, or JSON text (in Python also a dict or a SpeedConfig)."
+FIELD_HELP = (
+    "hf_speed config: a path to a .yaml or .json file, or JSON text (in Python also a dict)."
+)
 
 
 def read_hf_speed(args: Any) -> None:
-    """Check `args.hf_speed` before anything depends on it: sets `args.hf_speed_config` and normalises the field.
+    """Set `args.hf_speed_config` from `args.hf_speed`, before anything depends on it.
 
     Raises:
         ConfigError: the config is wrong, or a second backend is asked for beside it.
@@ -35,17 +38,20 @@ def read_hf_speed(args: Any) -> None:
         value = getattr(args, name, None)
         if value:
             raise ConfigError(
-                f"hf_speed and {name}={value!r} were both asked for, but only one can shard the model. "
+                f"hf_speed and {name}={value!r} were both asked for, but only one can shard the "
+                "model. "
                 f"Remove {name}=, or leave hf_speed=None and unset HF_SPEED_CONFIG."
             )
     if args.auto_find_batch_size:
         raise ConfigError(
-            "auto_find_batch_size=True restarts a step that ran out of memory in the middle of its collectives, which "
+            "auto_find_batch_size=True restarts a step that ran out of memory in the middle of its "
+            "collectives, which "
             "hf_speed cannot join again. Set per_device_train_batch_size yourself."
         )
     if args.parallelism_config is not None:
         raise ConfigError(
-            "parallelism_config and hf_speed both lay out the processes. Remove parallelism_config and set "
+            "parallelism_config and hf_speed both lay out the processes. Remove parallelism_config "
+            "and set "
             "mesh.dp_replicate and mesh.dp_shard in the hf_speed config."
         )
 
@@ -54,14 +60,15 @@ def read_hf_speed(args: Any) -> None:
 class HfSpeedArgumentsMixin:
     """What `hf_speed` adds to a TrainingArguments class; see `integrate_args`."""
 
-    # Exactly this type: HfArgumentParser makes a command-line string of it, and resolves any other union to `dict`.
+    # Exactly this type: HfArgumentParser makes a command-line string of it, and resolves any other
+    # union to `dict`.
     hf_speed: dict | str | None = field(default=None, metadata={"help": FIELD_HELP})
 
     hf_speed_config = None
     """The checked SpeedConfig; None: plain transformers. Not a field."""
 
     def __post_init__(self) -> None:
-        """Check the config first: the properties below are read while the base class sets itself up."""
+        """Check the config first: the base class reads the properties below."""
         read_hf_speed(self)
         super().__post_init__()  # pyrefly: ignore[missing-attribute]
 
@@ -81,7 +88,7 @@ class HfSpeedArgumentsMixin:
 def _rebuild(base: type, state: dict[str, Any]) -> Any:
     """Unpickle an instance of a class that `integrate_args(base)` made."""
     cls = integrate_args(base)
-    args = cls.__new__(cls)
+    args: Any = object.__new__(cls)
     args.__dict__.update(state)
     return args
 
@@ -95,7 +102,7 @@ def _reduce(base: type) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def integrate_args(base: type) -> type:
-    """A dataclass like `base` with the `hf_speed` field; `base` itself if it has been integrated already.
+    """A dataclass like `base` with the `hf_speed` field; `base` itself if it has it.
 
     Args:
         base: transformers.TrainingArguments or a subclass, such as trl.SFTConfig.
@@ -104,7 +111,10 @@ def integrate_args(base: type) -> type:
         ConfigError: `base` is not a TrainingArguments class.
     """
     if not (isinstance(base, type) and issubclass(base, transformers.TrainingArguments)):
-        raise ConfigError(f"integrate_args needs transformers.TrainingArguments or a subclass of it, not {base!r}.")
+        raise ConfigError(
+            "integrate_args needs transformers.TrainingArguments or a subclass of it, not "
+            f"{base!r}."
+        )
     if issubclass(base, HfSpeedArgumentsMixin):
         return base
     namespace = {
@@ -117,7 +127,7 @@ def integrate_args(base: type) -> type:
 
 
 def config_of(args: Any) -> SpeedConfig | None:
-    """The config that `args` carries; HF_SPEED_CONFIG for arguments of a class that was never integrated."""
+    """The config that `args` carries; of a class without the field, HF_SPEED_CONFIG."""
     if hasattr(args, "hf_speed_config"):
         return args.hf_speed_config
     return carried_config(None)
@@ -125,6 +135,9 @@ def config_of(args: Any) -> SpeedConfig | None:
 
 @dataclass(repr=False)
 class TrainingArguments(HfSpeedArgumentsMixin, transformers.TrainingArguments):
-    """transformers.TrainingArguments with one more field: `hf_speed`, a path, a dict or a SpeedConfig."""
+    """transformers.TrainingArguments with the field `hf_speed`: a path, dict or SpeedConfig."""
 
-    _VALID_DICT_FIELDS = [*transformers.TrainingArguments._VALID_DICT_FIELDS, "hf_speed"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - not a field, as in the base class
+        *transformers.TrainingArguments._VALID_DICT_FIELDS,
+        "hf_speed",
+    ]

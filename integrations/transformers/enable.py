@@ -1,8 +1,9 @@
 """Teaching the stock classes `hf_speed`: opt-in, and undone by disable().
 
-enable() adds the field to transformers.TrainingArguments and every subclass of it that exists (dataclasses defined
-later inherit it), and makes transformers.Trainer and accelerate.Accelerator swap the class of an instance whose config
-asks for an engine. So classes imported by name before enable(), TRL's among them, work as well.
+enable() adds the field to transformers.TrainingArguments and every subclass of it that exists
+(dataclasses defined later inherit it), and makes transformers.Trainer and accelerate.Accelerator
+swap the class of an instance whose config asks for an engine. So classes imported by name before
+enable(), TRL's among them, work as well.
 """
 
 import functools
@@ -57,14 +58,16 @@ class _Patches:
 
 
 def enable() -> None:
-    """Let the stock TrainingArguments, Trainer and Accelerator take `hf_speed`. Does nothing the second time."""
+    """Let the stock classes take `hf_speed`. Does nothing the second time."""
     if _RECORD in vars(transformers.TrainingArguments):
         return
     patches = _Patches()
     patches.set(transformers.TrainingArguments, _RECORD, patches)
     _patch_arguments(patches)
     patches.set(transformers.Trainer, "__init__", _trainer_init(transformers.Trainer.__init__))
-    patches.set(accelerate.Accelerator, "__init__", _accelerator_init(accelerate.Accelerator.__init__))
+    patches.set(
+        accelerate.Accelerator, "__init__", _accelerator_init(accelerate.Accelerator.__init__)
+    )
 
 
 def disable() -> None:
@@ -80,15 +83,23 @@ def _patch_arguments(patches: _Patches) -> None:
     patches.set(base, "hf_speed_config", None)
     patches.set(base, "__post_init__", _post_init(base.__post_init__))
     patches.set(base, "_VALID_DICT_FIELDS", [*base._VALID_DICT_FIELDS, "hf_speed"])
-    patches.set(base, "place_model_on_device", _property("place_model_on_device", base.place_model_on_device))
-    patches.set(base, "n_gpu", _property("n_gpu", base.n_gpu))
+    patches.set(
+        base,
+        "place_model_on_device",
+        _property("place_model_on_device", vars(base)["place_model_on_device"]),
+    )
+    patches.set(base, "n_gpu", _property("n_gpu", vars(base)["n_gpu"]))
     for cls in _with_subclasses(base):
         if issubclass(cls, HfSpeedArgumentsMixin):
             continue
         if "__init__" in vars(cls):
             patches.set(cls, "__init__", _arguments_init(cls.__init__))
         if "__dataclass_fields__" in vars(cls):
-            patches.set(cls, "__dataclass_fields__", {**vars(cls)["__dataclass_fields__"], "hf_speed": _new_field()})
+            patches.set(
+                cls,
+                "__dataclass_fields__",
+                {**vars(cls)["__dataclass_fields__"], "hf_speed": _new_field()},
+            )
     patches.set(base, "__annotations__", {**base.__annotations__, "hf_speed": dict | str | None})
 
 
@@ -107,7 +118,8 @@ def _new_field() -> Any:
 def _arguments_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: Any, *args: Any, hf_speed: Any = _MISSING, **kwargs: Any) -> None:
-        # A hand-written subclass calls its base's __init__ as well: only who was given the value sets it.
+        # A hand-written subclass calls its base's __init__ as well: only who was given the value
+        # sets it.
         if hf_speed is not _MISSING:
             self.hf_speed = hf_speed
         original(self, *args, **kwargs)

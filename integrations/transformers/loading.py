@@ -1,14 +1,16 @@
 """Models larger than one rank: loaded or made in slices, whole on no rank.
 
-    from_pretrained   transformers reads, of every large tensor, only this rank's rows (its own DTensor door:
+    from_pretrained   transformers reads, of every large tensor, only this rank's rows (its own
+    DTensor door:
                       weight converters, renames, tied names and missing keys are all its business)
-    (in between)      the model holds parameters that know shape, dtype and device and raise when read; the rows wait
-    attach            the engine takes the model over without values, then asks for full tensors one by one: each is
+    (in between)      the model holds parameters that know shape, dtype and device and raise when
+    read; the rows wait attach            the engine takes the model over without values, then asks
+    for full tensors one by one: each is
                       gathered from the rows, cut into this rank's flat part, and dropped
 
-So host memory sees this rank's rows twice at most (rows and flat part, and rows go as parts come), plus one tensor.
-Waiting until attach, and not sharding at once, makes the order of building arguments and model irrelevant: only then is
-it known in which dtype the model computes.
+So host memory sees this rank's rows twice at most (rows and flat part, and rows go as parts come),
+plus one tensor. Waiting until attach, and not sharding at once, makes the order of building
+arguments and model irrelevant: only then is it known in which dtype the model computes.
 """
 
 import contextlib
@@ -53,13 +55,14 @@ class WaitingParameter(ShardedParameter):
         if func in cls._metadata:
             return super().__torch_function__(func, types, args, kwargs)
         raise ShardedParameterError(
-            f"{getattr(func, '__name__', func)} needs the values of a parameter that was loaded in slices. Hand the "
+            f"{getattr(func, '__name__', func)} needs the values of a parameter that was loaded in "
+            "slices. Hand the "
             f"model to Trainer or Accelerator.prepare first, then use hf_speed.gathered(model)."
         )
 
 
 class Rows(NamedTuple):
-    """This rank's share of one parameter: a chunk along `dim`, as torch.chunk cuts it for the world."""
+    """This rank's share of one parameter: a chunk along `dim`, as torch.chunk cuts."""
 
     local: Tensor
     shape: torch.Size
@@ -69,10 +72,11 @@ class Rows(NamedTuple):
 def from_pretrained(
     auto_class: Any, *args: Any, hf_speed: SpeedConfigLike | None = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """`auto_class.from_pretrained(*args, **kwargs)`, where at stage 3 each rank reads only its slices.
+    """from_pretrained, of which at stage 3 each rank reads only its slices.
 
-    Collective. Hand the model to Trainer or Accelerator.prepare next; until then its large parameters raise when read.
-    At stages 0 to 2, and with one process, this is plain from_pretrained.
+    Collective. Hand the model to Trainer or Accelerator.prepare next; until then its large
+    parameters raise when read. At stages 0 to 2, and with one process, this is plain
+    from_pretrained.
 
     Args:
         auto_class: AutoModelForCausalLM or another auto class, or a model class.
@@ -87,20 +91,22 @@ def from_pretrained(
     for name in ("device_map", "distributed_config", "tp_plan", "quantization_config"):
         if kwargs.get(name) is not None and wanted:
             raise ConfigError(
-                f"from_pretrained({name}=...) places or packs the weights itself, and zero.stage=3 shards them. "
+                f"from_pretrained({name}=...) places or packs the weights itself, and zero.stage=3 "
+                "shards them. "
                 f"Leave {name} out, or use zero.stage=2 or lower."
             )
-    with sliced_loading(wanted):
+    with sliced_loading(wanted=wanted):
         return auto_class.from_pretrained(*args, **kwargs)
 
 
 def from_config(
     auto_class: Any, config: Any, *, hf_speed: SpeedConfigLike | None = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """`auto_class.from_config(config, **kwargs)`, where at stage 3 no rank ever holds the whole model.
+    """from_config, by which at stage 3 no rank ever holds the whole model.
 
-    Collective. Weights are drawn a module at a time, from the generator that torch.manual_seed seeds: with equal seeds the
-    model does not depend on the number of ranks. (Plain from_config draws in another order, so its values differ.)
+    Collective. Weights are drawn a module at a time, from the generator that torch.manual_seed
+    seeds: with equal seeds the model does not depend on the number of ranks. (Plain from_config
+        draws in another order, so its values differ.)
 
     Args:
         auto_class: an auto class.
@@ -119,12 +125,15 @@ def from_config(
         model = cls.from_pretrained(None, config=config, state_dict={}, **rest)
         return model.train()
 
-    with sliced_loading(True), _replaced(PreTrainedModel, "_from_config", classmethod(from_nothing)):
+    with (
+        sliced_loading(wanted=True),
+        _replaced(PreTrainedModel, "_from_config", classmethod(from_nothing)),
+    ):
         return auto_class.from_config(config, **kwargs)
 
 
 def slices_wanted(config: SpeedConfig | None) -> bool:
-    """Whether loading in slices can save memory: several ranks, and parameters sharded (or that is still open)."""
+    """Whether slices save memory: several ranks, and parameters sharded (or maybe so)."""
     if config is None or config.zero.stage not in (3, None):
         return False
     return _world_size() > 1
@@ -135,7 +144,7 @@ def _world_size() -> int:
 
 
 @contextlib.contextmanager
-def sliced_loading(wanted: bool) -> Iterator[None]:  # noqa: FBT001
+def sliced_loading(*, wanted: bool) -> Iterator[None]:
     """While it lasts, every transformers from_pretrained loads in slices, if wanted."""
     if not wanted:
         yield
@@ -157,7 +166,9 @@ def sliced_loading(wanted: bool) -> Iterator[None]:  # noqa: FBT001
         _wait(model)
         return info
 
-    def initialize_rows(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def initialize_rows(
+        self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
         with _whole(module):
             initialize(self, module, *args, **kwargs)
 
@@ -193,8 +204,8 @@ def _slice_meta(model: nn.Module, mesh: DeviceMesh) -> None:
 def _slice_dim(shape: torch.Size, size: int) -> int | None:
     """The first dim, or else the last, that gives every rank a chunk; None where neither does.
 
-    A rank without a chunk would have nothing to stack where transformers makes one tensor of a list of experts. Inner
-    dims are no choice: along them transformers concatenates.
+    A rank without a chunk would have nothing to stack where transformers makes one tensor of a list
+    of experts. Inner dims are no choice: along them transformers concatenates.
     """
     for dim in (0, len(shape) - 1):
         if -(-shape[dim] // -(-shape[dim] // size)) == size:
@@ -205,7 +216,12 @@ def _slice_dim(shape: torch.Size, size: int) -> int | None:
 def _as_dtensor(like: Tensor, dim: int, mesh: DeviceMesh) -> nn.Parameter:
     local = like.detach().chunk(mesh.size(), dim=dim)[mesh.get_local_rank()]
     shared = DTensor.from_local(
-        local.contiguous(), mesh, [Shard(dim)], run_check=False, shape=like.shape, stride=like.stride()
+        local.contiguous(),
+        mesh,
+        [Shard(dim)],
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
     )
     return nn.Parameter(shared, requires_grad=like.requires_grad)
 
@@ -213,10 +229,13 @@ def _as_dtensor(like: Tensor, dim: int, mesh: DeviceMesh) -> nn.Parameter:
 @contextlib.contextmanager
 def _whole(module: nn.Module) -> Iterator[None]:
     """Initialise the direct parameters of a module whole, then keep the local rows."""
-    sliced: dict[str, nn.Parameter] = {}
-    for key, parameter in module._parameters.items():
-        if parameter is not None and isinstance(parameter.data, DTensor) and not _is_initialized(parameter):
-            sliced[key] = parameter
+    sliced = {
+        key: parameter
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+        and isinstance(parameter.data, DTensor)
+        and not _is_initialized(parameter)
+    }
     for key, parameter in sliced.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         module._parameters[key] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
@@ -227,7 +246,9 @@ def _whole(module: nn.Module) -> Iterator[None]:
         mesh = shared.device_mesh
         if whole is not None:
             dim = shared.placements[0].dim
-            shared._local_tensor.copy_(whole.detach().chunk(mesh.size(), dim=dim)[mesh.get_local_rank()])
+            shared._local_tensor.copy_(
+                whole.detach().chunk(mesh.size(), dim=dim)[mesh.get_local_rank()]
+            )
         module._parameters[key] = parameter
 
 
@@ -236,7 +257,7 @@ def _is_initialized(parameter: Tensor) -> bool:
 
 
 def _wait(model: nn.Module) -> None:
-    """Put parameters that raise when read in the place of DTensors, and keep the rows on the model."""
+    """Replace DTensors by parameters that raise when read; the rows stay with the model."""
     made: dict[int, nn.Parameter] = {}
     rows: dict[nn.Parameter, Rows] = {}
     for module in model.modules():
@@ -247,7 +268,9 @@ def _wait(model: nn.Module) -> None:
                 waiting = _waiting_like(parameter)
                 made[id(parameter)] = waiting
                 shared: Any = parameter.data
-                rows[waiting] = Rows(shared._local_tensor, parameter.shape, shared.placements[0].dim)
+                rows[waiting] = Rows(
+                    shared._local_tensor, parameter.shape, shared.placements[0].dim
+                )
             module._parameters[key] = made[id(parameter)]
     # On the model, so that it goes where the model goes: into a PEFT wrapper, or out of memory.
     vars(model)[_WAITING] = rows
@@ -261,9 +284,13 @@ def _waiting_like(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def attach(
-    model: nn.Module, config: SpeedConfig, *, compute_dtype: torch.dtype | None, device: torch.device
+    model: nn.Module,
+    config: SpeedConfig,
+    *,
+    compute_dtype: torch.dtype | None,
+    device: torch.device,
 ) -> Engine:
-    """Engine.attach, for models loaded in slices as well; buffers move to `device` too. Collective."""
+    """Engine.attach, also for models in slices; buffers move to `device` too. Collective."""
     rows = _take_rows(model)
     by_name = {name: rows[each] for name, each in model.named_parameters() if each in rows}
     for parameter in rows:
@@ -279,7 +306,7 @@ def attach(
 
 
 def load_rows(engine: Engine, rows: dict[str, Rows]) -> None:
-    """Fill parameters from every rank's rows, which are let go of one by one. Collective: a gather each."""
+    """Fill parameters from rows, which are let go of one by one. A gather each."""
     for name in list(rows):
         engine.set_full_parameter(name, gather_rows(rows.pop(name), engine.mesh))
 
@@ -315,13 +342,14 @@ def gather_rows(rows: Rows, mesh: ParallelMesh) -> Tensor:
 
 
 def load_whole(engine: Engine, directory: str, *, dtype: torch.dtype) -> None:
-    """Fill an engine through transformers' from_pretrained, in slices where there are several ranks. Collective.
+    """Fill an engine through transformers' from_pretrained. Collective.
 
-    For layouts that transformers converts. Host memory holds a second copy of this rank's rows (of the model, with one
-    process) while it lasts.
+    For layouts that transformers converts. Host memory holds a second copy of this rank's rows (of
+    the model, with one process) while it lasts.
     """
-    with sliced_loading(engine.mesh.world.size > 1):
-        other = type(engine.model).from_pretrained(directory, config=engine.model.config, dtype=dtype)
+    with sliced_loading(wanted=engine.mesh.world.size > 1):
+        model: Any = engine.model
+        other = type(model).from_pretrained(directory, config=model.config, dtype=dtype)
     waiting = _take_rows(other)
     rows = {name: waiting[each] for name, each in other.named_parameters() if each in waiting}
     for name, parameter in other.named_parameters():

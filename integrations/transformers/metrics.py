@@ -1,29 +1,46 @@
 """What hf_speed adds to the Trainer's own log lines, so that TensorBoard, W&B and the rest show it.
 
-A step's numbers are taken from the engine right after the step, on every rank, and the ranks' token counts are added
-up only where a line will be written: one scalar all-reduce a line, entered by all ranks because all count the same steps.
+A step's numbers are taken from the engine right after the step, on every rank, and the ranks' token
+counts are added up only where a line will be written: one scalar all-reduce a line, entered by all
+ranks because all count the same steps.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_speed.engine import engine_of
-
 if TYPE_CHECKING:
-    from hf_speed.integrations.transformers.trainer import HfSpeedTrainerMixin
+    from hf_speed.engine import Engine
+
+
+class Metered(Protocol):
+    """What is asked of a Trainer."""
+
+    accelerator: Any
+    model: Any
+
+    @property
+    def speed_engine(self) -> "Engine | None":
+        """The engine of the model that is trained."""
+        ...
+
+    @property
+    def reports_stats(self) -> bool:
+        """Whether log lines carry hf_speed's numbers."""
+        ...
 
 
 class StepMeter(TrainerCallback):
     """Counts tokens, and turns the engine's statistics into log entries.
 
-    Entries: `tokens_per_second` of all ranks together since the last line; `bytes_sent_per_step` by one rank, evaluation
-    between the steps included; `peak_<tier>_bytes` of memory on one rank; `loss_scale` in fp16 only. The gradient norm is the Trainer's own entry.
+    Entries: `tokens_per_second` of all ranks together since the last line; `bytes_sent_per_step` by
+    one rank, evaluation between the steps included; `peak_<tier>_bytes` of memory on one rank;
+    `loss_scale` in fp16 only. The gradient norm is the Trainer's own entry.
     """
 
-    def __init__(self, trainer: "HfSpeedTrainerMixin") -> None:
+    def __init__(self, trainer: Metered) -> None:
         self._trainer = trainer
         self._line: dict[str, float] = {}
         self._restart()
@@ -35,7 +52,7 @@ class StepMeter(TrainerCallback):
         self._bytes_before = self._bytes_sent()
 
     def _bytes_sent(self) -> int:
-        engine = engine_of(self._trainer.model)
+        engine = self._trainer.speed_engine
         return 0 if engine is None else engine.stats().bytes_sent
 
     def count(self, inputs: dict[str, Any]) -> None:
@@ -46,20 +63,30 @@ class StepMeter(TrainerCallback):
             self._tokens += value.numel()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the callback's signature, and below
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Start the clock."""
         self._restart()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the callback's signature, and below
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Take the numbers of the step if a line is due. Runs after the callback that decides so."""
+        """Take the step's numbers if a line is due; runs after the callback that decides."""
         self._steps += 1
-        engine = engine_of(self._trainer.model)
+        engine = self._trainer.speed_engine
         if not control.should_log or engine is None or not self._trainer.reports_stats:
             return
-        tokens = torch.tensor([self._tokens], dtype=torch.int64, device=self._trainer.accelerator.device)
+        tokens = torch.tensor(
+            [self._tokens], dtype=torch.int64, device=self._trainer.accelerator.device
+        )
         total = int(self._trainer.accelerator.gather(tokens).sum())
         elapsed_s = time.perf_counter() - self._since
         stats = engine.stats()

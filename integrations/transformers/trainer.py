@@ -1,16 +1,18 @@
 """The Trainer on an engine: transformers' own loop, with eight of its methods extended.
 
-    Trainer = integrate_trainer(transformers.Trainer)      # or trl.SFTTrainer, or a class of your own
+    Trainer = integrate_trainer(transformers.Trainer)      # or trl.SFTTrainer, or a class of your
+    own
 
-The Trainer drives its Accelerator; that Accelerator becomes ours (create_accelerator_and_postprocess), and from there
-on training, evaluation, accumulation and clipping need nothing here. What is left is what the Trainer reads or writes
-behind the Accelerator's back: weights and optimizer state in checkpoints, one loss factor, and its log lines. Every
-method calls super(), and without a config does nothing else.
+The Trainer drives its Accelerator; that Accelerator becomes ours
+(create_accelerator_and_postprocess), and from there on training, evaluation, accumulation and
+clipping need nothing here. What is left is what the Trainer reads or writes behind the
+Accelerator's back: weights and optimizer state in checkpoints, one loss factor, and its log lines.
+Every method calls super(), and without a config does nothing else.
 """
 
 import functools
 import inspect
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_N
 
 from hf_speed.engine import Engine, engine_of
 from hf_speed.errors import ConfigError
-from hf_speed.integrations.accelerate import Accelerator
 from hf_speed.integrations import weights
+from hf_speed.integrations.accelerate import Accelerator
 from hf_speed.integrations.transformers.arguments import config_of
 from hf_speed.integrations.transformers.loading import sliced_loading, slices_wanted
 from hf_speed.integrations.transformers.metrics import StepMeter
@@ -52,17 +54,25 @@ class HfSpeedTrainerMixin(transformers.Trainer):
     @property
     def is_hf_speed_enabled(self) -> bool:
         """Whether this Trainer runs on an engine."""
-        return isinstance(self.accelerator, Accelerator) and self.accelerator.hf_speed_config is not None
+        return (
+            isinstance(self.accelerator, Accelerator)
+            and self.accelerator.hf_speed_config is not None
+        )
 
     @property
     def reports_stats(self) -> bool:
         """Whether log lines carry hf_speed's numbers (`debug.stats`)."""
-        config = self.accelerator.hf_speed_config if isinstance(self.accelerator, Accelerator) else None
+        config = (
+            self.accelerator.hf_speed_config if isinstance(self.accelerator, Accelerator) else None
+        )
         return config is not None and config.debug.stats
 
     @property
-    def _engine(self) -> Engine | None:
-        return engine_of(self.model) if self.is_hf_speed_enabled else None
+    def speed_engine(self) -> Engine | None:
+        """The engine of the model that is trained; None before it is prepared."""
+        if not self.is_hf_speed_enabled or self.model is None:
+            return None
+        return engine_of(self.model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class does, with our callback last: it reads what the others decided."""
@@ -77,22 +87,70 @@ class HfSpeedTrainerMixin(transformers.Trainer):
 
         The process groups of the model that this one replaces are given back.
         """
-        previous = self._engine if isinstance(self.model, nn.Module) else None
+        previous = self.speed_engine if isinstance(self.model, nn.Module) else None
         if previous is not None:
             previous.mesh.close()
-        config = self.accelerator.hf_speed_config if isinstance(self.accelerator, Accelerator) else None
-        with sliced_loading(slices_wanted(config)):
+        config = (
+            self.accelerator.hf_speed_config if isinstance(self.accelerator, Accelerator) else None
+        )
+        with sliced_loading(wanted=slices_wanted(config)):
             return super().call_model_init(trial)
 
     # ---- a step ----
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """As the base class does; counts the batch's tokens."""
         if self._meter is not None:
             self._meter.count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 - the Trainer's signature
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """As the base class does; a router's auxiliary loss counts once, whatever ranks and steps.
+
+        The base class multiplies the whole loss by the number of ranks, since the part over tokens
+        was divided by all ranks' tokens, and sums it over micro-steps for the same reason. The
+        auxiliary part was divided by neither.
+        """
+        scaled = num_items_in_batch is not None and self._base_inflates_auxiliary
+        if not self.is_hf_speed_enabled or not scaled:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        auxiliary = self._weighted_auxiliary(outputs)
+        if auxiliary is not None:
+            averaged = self.args.average_tokens_across_devices
+            counted = self.accelerator.num_processes if averaged else 1
+            loss = loss - auxiliary * (counted - 1 / self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    @functools.cached_property
+    def _base_inflates_auxiliary(self) -> bool:
+        """Whether the loss is transformers' own and treats all parts alike (5.23 does)."""
+        base: Any = super().compute_loss
+        own = base.__func__ is transformers.Trainer.compute_loss
+        return own and "aux_loss" not in inspect.getsource(transformers.Trainer.compute_loss)
+
+    def _weighted_auxiliary(self, outputs: Any) -> Tensor | None:
+        """The auxiliary loss as the model added it to its own loss; None if it did not."""
+        auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+        own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        if auxiliary is None or own_loss or not self.model_accepts_loss_kwargs:
+            return None
+        model: Any = self.model
+        weight = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+        return None if not weight else weight * auxiliary.to(outputs["loss"].device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the base class does, with hf_speed's numbers on the lines of the training loss."""
@@ -102,21 +160,28 @@ class HfSpeedTrainerMixin(transformers.Trainer):
 
     # ---- checkpoints ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
+    def save_model(
+        self,
+        output_dir: str | None = None,
+        _internal_call: bool = False,  # noqa: FBT001, FBT002 - the Trainer's signature
+    ) -> None:
         """Write a Hub model, every rank its own files. Collective."""
-        engine = self._engine
+        engine = self.speed_engine
         if engine is None:
             super().save_model(output_dir, _internal_call)
             return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        home = str(output_dir if output_dir is not None else self.args.output_dir)
         if weights.is_peft(engine.model) or not isinstance(self.model, PreTrainedModel):
-            gather = weights.adapter_state if weights.is_peft(engine.model) else weights.full_state_dict
-            # The base class knows the layouts of PEFT and of bare modules; ranks that do not write return at once.
-            self._save(output_dir, state_dict=gather(engine))
+            gather = (
+                weights.adapter_state if weights.is_peft(engine.model) else weights.full_state_dict
+            )
+            # The base class knows the layouts of PEFT and of bare modules; ranks that do not write
+            # return at once.
+            self._save(home, state_dict=gather(engine))
         else:
-            weights.write_model(engine, output_dir)
+            weights.write_model(engine, home)
             if self.args.should_save:
-                self._save_companions(output_dir)
+                self._save_companions(home)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -125,53 +190,59 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None:
             processor.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write the engine's shards from every rank, and the scheduler from the main one. Collective."""
-        engine = self._engine
+        """Write the engine's shards from every rank, and the scheduler. Collective."""
+        engine = self.speed_engine
         if engine is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         engine.save(output_dir)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         """Nothing before prepare: the engine reads weights in slices, after it."""
         if not self.is_hf_speed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Read weights, the engine's shards (whatever the world that wrote them) and the scheduler. Collective.
+        """Read weights, the engine's shards (of any world) and the scheduler. Collective.
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another model.
             ConfigError: it holds the optimizer state of plain transformers.
         """
-        engine = self._engine
+        engine = self.speed_engine
         if engine is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)) and not weights.has_engine_state(checkpoint):
+        if (Path(checkpoint) / OPTIMIZER_NAME).is_file() and not weights.has_engine_state(
+            checkpoint
+        ):
             raise ConfigError(
-                f"{checkpoint} was written without hf_speed: its {OPTIMIZER_NAME} holds whole tensors by number. Start "
-                f"from its weights alone (from_pretrained({checkpoint!r})), or resume it with hf_speed=None."
+                f"{checkpoint} was written without hf_speed: its {OPTIMIZER_NAME} holds whole "
+                "tensors by number. Start "
+                f"from its weights alone (from_pretrained({checkpoint!r})), or resume it with "
+                "hf_speed=None."
             )
         weights.load_model(engine, checkpoint)
         if weights.has_engine_state(checkpoint):
             engine.load(checkpoint)
-        scheduler = os.path.join(checkpoint, SCHEDULER_NAME)
-        if os.path.isfile(scheduler):
+        scheduler = Path(checkpoint) / SCHEDULER_NAME
+        if scheduler.is_file() and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights into the engine. Collective."""
-        engine = self._engine
-        if engine is None:
+        engine, best = self.speed_engine, self.state.best_model_checkpoint
+        if engine is None or best is None:
             super()._load_best_model()
         else:
-            weights.load_model(engine, self.state.best_model_checkpoint)
+            weights.load_model(engine, best)
 
 
 class Trainer(HfSpeedTrainerMixin, transformers.Trainer):
@@ -179,7 +250,7 @@ class Trainer(HfSpeedTrainerMixin, transformers.Trainer):
 
 
 def integrate_trainer(base: type) -> type:
-    """A Trainer class like `base` that obeys `hf_speed`; `base` itself if it has been integrated already.
+    """A Trainer class like `base` that obeys `hf_speed`; `base` itself if it does.
 
     Args:
         base: transformers.Trainer or a subclass, such as trl.SFTTrainer.
@@ -188,7 +259,9 @@ def integrate_trainer(base: type) -> type:
         ConfigError: `base` is not a Trainer class.
     """
     if not (isinstance(base, type) and issubclass(base, transformers.Trainer)):
-        raise ConfigError(f"integrate_trainer needs transformers.Trainer or a subclass of it, not {base!r}.")
+        raise ConfigError(
+            f"integrate_trainer needs transformers.Trainer or a subclass of it, not {base!r}."
+        )
     if issubclass(base, HfSpeedTrainerMixin):
         return base
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__}

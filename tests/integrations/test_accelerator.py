@@ -27,7 +27,9 @@ def _fresh_state() -> None:
     GradientState._reset_state()
 
 
-def _loop(config: Any, *, accumulation: int = 1, clip: str = "norm", precision: str = "no") -> dict[str, Any]:
+def _loop(
+    config: Any, *, accumulation: int = 1, clip: str = "norm", precision: str = "no"
+) -> dict[str, Any]:
     """Two epochs over 20 sequences: 3 to a rank and step, so the last batch is uneven."""
     _fresh_state()
     kwargs = {} if config is None else {"hf_speed": config}
@@ -57,7 +59,9 @@ def _loop(config: Any, *, accumulation: int = 1, clip: str = "norm", precision: 
             losses.append(float(accelerator.gather(loss.detach()).mean()))
     model.eval()
     with torch.no_grad():
-        seen = [accelerator.gather_for_metrics(model(**batch).logits.argmax(-1)) for batch in loader]
+        seen = [
+            accelerator.gather_for_metrics(model(**batch).logits.argmax(-1)) for batch in loader
+        ]
     state = accelerator.get_state_dict(model)
     return {
         "losses": losses,
@@ -73,7 +77,9 @@ def _loops(cases: list[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"accumulation": 3}, {"clip": "value"}], ids=["plain", "accumulate", "clip-value"]
+    "options",
+    [{}, {"accumulation": 3}, {"clip": "value"}],
+    ids=["plain", "accumulate", "clip-value"],
 )
 def test_a_loop_equals_the_same_loop_on_ddp(options: dict[str, Any]) -> None:
     ranks = run_ranks(_loops, 2, [(config, options) for config in (None, *STAGES)])
@@ -90,7 +96,7 @@ def test_a_loop_equals_the_same_loop_on_ddp(options: dict[str, Any]) -> None:
         assert bool(ranks[1][1 + index]["state"]) == (index < 3)
 
 
-def test_bf16_loop_follows_ddp(tmp_path: Path) -> None:
+def test_bf16_loop_follows_ddp() -> None:
     cases = [(config, {"precision": "bf16"}) for config in (None, stage(0), stage(3))]
     ddp, *stages = run_ranks(_loops, 2, cases)[0]
     for each in stages:
@@ -101,7 +107,11 @@ def test_bf16_loop_follows_ddp(tmp_path: Path) -> None:
 
 def _no_sync(config: Any) -> dict[str, Any]:
     _fresh_state()
-    accelerator = hf_speed.Accelerator(cpu=True, hf_speed=config) if config else accelerate.Accelerator(cpu=True)
+    accelerator = (
+        hf_speed.Accelerator(cpu=True, hf_speed=config)
+        if config
+        else accelerate.Accelerator(cpu=True)
+    )
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -237,7 +247,11 @@ def _without_config() -> dict[str, Any]:
 
 
 def test_without_a_config_it_is_accelerates_own() -> None:
-    expected = {"engine": True, "model": "DistributedDataParallel", "optimizer": "AcceleratedOptimizer"}
+    expected = {
+        "engine": True,
+        "model": "DistributedDataParallel",
+        "optimizer": "AcceleratedOptimizer",
+    }
     assert run_ranks(_without_config, 2)[0] == expected
 
 
@@ -255,7 +269,7 @@ def test_the_launcher_carries_the_config_in_the_environment() -> None:
 
 @contextlib.contextmanager
 def _rebound(config: Any) -> Iterator[None]:
-    """accelerate's own names stand for our Accelerator."""
+    """Accelerate's own names stand for our Accelerator."""
 
     class Ours(hf_speed.Accelerator):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -270,8 +284,12 @@ def _rebound(config: Any) -> Iterator[None]:
 
 def _upstream_script(name: str, config: Any) -> None:
     _fresh_state()
-    # Its 16-bit sections compare dtypes: parameters must be fp32, while here they are 16-bit and their masters fp32.
-    without = [mock.patch.object(accelerate.utils, f"is_{each}_available", lambda: False) for each in ("bf16", "fp16")]
+    # Its 16-bit sections compare dtypes: parameters must be fp32, while here they are 16-bit and
+    # their masters fp32.
+    without = [
+        mock.patch.object(accelerate.utils, f"is_{each}_available", return_value=False)
+        for each in ("bf16", "fp16")
+    ]
     with _rebound(config), without[0], without[1]:
         runpy.run_module(f"accelerate.test_utils.scripts.{name}", run_name="__main__")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import pickle  # noqa: TID251 - the Trainer torch.saves its arguments
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,16 @@ def test_the_command_line_takes_a_path_or_json(kind: type, tmp_path: Path) -> No
     path = tmp_path / "zero3.yaml"
     path.write_text("zero: {stage: 3}\n")
     parser = transformers.HfArgumentParser(kind)
-    line = ["--output_dir", str(tmp_path), "--bf16", "False", "--report_to", "none", "--use_cpu", "True"]
+    line = [
+        "--output_dir",
+        str(tmp_path),
+        "--bf16",
+        "False",
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "True",
+    ]
     (args,) = parser.parse_args_into_dataclasses([*line, "--hf_speed", str(path)])
     assert (args.hf_speed, args.hf_speed_config.zero.stage) == (str(path), 3)
     (args,) = parser.parse_args_into_dataclasses([*line, "--hf_speed", '{"zero": {"stage": 1}}'])
@@ -96,7 +105,9 @@ def test_the_launcher_carries_a_config_and_the_argument_wins(
         ({"parallelism_config": object()}, "set mesh.dp_replicate and mesh.dp_shard"),
     ],
 )
-def test_a_second_backend_is_an_error(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_a_second_backend_is_an_error(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         _make(hf_speed.TrainingArguments, tmp_path, CONFIG, **options)
 

@@ -49,11 +49,27 @@ def test_disable_puts_back_every_attribute(tmp_path: Path) -> None:
         assert args.hf_speed_config.zero.stage == 2
         assert args.to_dict()["hf_speed"] == stage(2)
         assert dataclasses.replace(args, hf_speed=None).hf_speed_config is None
-        late = dataclasses.make_dataclass("Late", [("extra", int, 1)], bases=(transformers.TrainingArguments,))
-        assert late(output_dir=str(tmp_path), hf_speed=stage(1), **OPTIONS).hf_speed_config.zero.stage == 1
+        late = dataclasses.make_dataclass(
+            "Late", [("extra", int, 1)], bases=(transformers.TrainingArguments,)
+        )
+        assert (
+            late(output_dir=str(tmp_path), hf_speed=stage(1), **OPTIONS).hf_speed_config.zero.stage
+            == 1
+        )
         parser = transformers.HfArgumentParser(trl.SFTConfig)
-        line = ["--output_dir", str(tmp_path), "--bf16", "False", "--report_to", "none", "--use_cpu", "True"]
-        (parsed,) = parser.parse_args_into_dataclasses([*line, "--hf_speed", '{"zero": {"stage": 3}}'])
+        line = [
+            "--output_dir",
+            str(tmp_path),
+            "--bf16",
+            "False",
+            "--report_to",
+            "none",
+            "--use_cpu",
+            "True",
+        ]
+        (parsed,) = parser.parse_args_into_dataclasses(
+            [*line, "--hf_speed", '{"zero": {"stage": 3}}']
+        )
         assert parsed.hf_speed_config.zero.stage == 3
     finally:
         hf_speed.disable()

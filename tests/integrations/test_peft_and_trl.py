@@ -27,7 +27,9 @@ CHECKPOINTING: dict[str, Any] = {
 
 def _lora(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     return get_peft_model(llama(), config)
 
 
@@ -54,13 +56,20 @@ def _lora_runs(directory: str, configs: list[Any], options: dict[str, Any]) -> l
         again.train(resume_from_checkpoint=f"{home}/checkpoint-2")
         files = sorted(each.name for each in Path(f"{home}/last").iterdir())
         found.append(
-            {"curve": curve(made), "again": curve(again), "adapters": _adapters(f"{home}/last"), "files": files}
+            {
+                "curve": curve(made),
+                "again": curve(again),
+                "adapters": _adapters(f"{home}/last"),
+                "files": files,
+            }
         )
     return found
 
 
 @pytest.mark.parametrize("options", [{}, CHECKPOINTING], ids=["plain", "checkpointing"])
-def test_lora_trains_saves_and_resumes_as_under_ddp(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_lora_trains_saves_and_resumes_as_under_ddp(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     ddp, *stages = run_ranks(_lora_runs, 2, str(tmp_path), [None, stage(2), stage(3)], options)[0]
     for each in stages:
         torch.testing.assert_close(flat(each["curve"]), flat(ddp["curve"]), rtol=1e-6, atol=0)
@@ -72,7 +81,9 @@ def test_lora_trains_saves_and_resumes_as_under_ddp(tmp_path: Path, options: dic
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {
+        f"w{index}": index for index in range(3, VOCABULARY)
+    }
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -83,7 +94,10 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def _texts() -> Dataset:
     rows = examples()
     return Dataset.from_list(
-        [{"text": " ".join(f"w{int(each)}" for each in row["input_ids"][: 4 + index % 8])} for index, row in enumerate(rows)]
+        [
+            {"text": " ".join(f"w{int(each)}" for each in row["input_ids"][: 4 + index % 8])}
+            for index, row in enumerate(rows)
+        ]
     )
 
 
@@ -101,14 +115,26 @@ def _sft(directory: str, config: Any, *, peft: bool) -> list[tuple[float, float]
         "bf16": False,
         "learning_rate": 1e-2,
     }
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if peft else None
+    lora = (
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        if peft
+        else None
+    )
     kind: Any = SFTTrainer if config is None else hf_speed.integrate_trainer(SFTTrainer)
     arguments_kind: Any = SFTConfig if config is None else hf_speed.integrate_args(SFTConfig)
-    args = arguments_kind(**options) if config is None else arguments_kind(**options, hf_speed=config)
+    args = (
+        arguments_kind(**options) if config is None else arguments_kind(**options, hf_speed=config)
+    )
     model = llama()
     # TRL draws the adapters' first values itself.
     torch.manual_seed(0)
-    made = kind(model=model, args=args, train_dataset=_texts(), processing_class=_tokenizer(), peft_config=lora)
+    made = kind(
+        model=model,
+        args=args,
+        train_dataset=_texts(),
+        processing_class=_tokenizer(),
+        peft_config=lora,
+    )
     made.train()
     if (engine_of(made.model) is not None) != (config is not None):
         raise RuntimeError("The engine is not where the config says.")

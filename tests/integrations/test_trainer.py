@@ -6,16 +6,28 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_speed
 from hf_speed.engine import engine_of
-from tests.integrations.toys import STAGES, curve, examples, flat, llama, stage, trainer
+from tests.integrations.toys import (
+    STAGES,
+    curve,
+    examples,
+    flat,
+    llama,
+    llama_config,
+    stage,
+    trainer,
+)
 from tests.support import run_ranks
 
 SAME_MATHS = {"rtol": 1e-5, "atol": 1e-7}
 
 
-def _curves(directory: str, configs: list[Any], options: dict[str, Any]) -> list[list[tuple[float, float]]]:
+def _curves(
+    directory: str, configs: list[Any], options: dict[str, Any]
+) -> list[list[tuple[float, float]]]:
     found = []
     for config in configs:
         made = trainer(directory, config, **options)
@@ -46,17 +58,27 @@ def test_one_process_with_a_config_equals_one_without(tmp_path: Path) -> None:
     [
         {"average_tokens_across_devices": False},
         {"max_grad_norm": 0.1, "optim": "sgd"},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+        },
+        {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": True},
+        },
         {"gradient_accumulation_steps": 5, "num_train_epochs": 2, "max_steps": -1},
         {
             "gradient_accumulation_steps": 1,
-            "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2, "sync_each_batch": True}},
+            "accelerator_config": {
+                "gradient_accumulation_kwargs": {"num_steps": 2, "sync_each_batch": True}
+            },
         },
     ],
-    ids=lambda options: "-".join(options),
+    ids="-".join,
 )
-def test_options_of_the_trainer_mean_what_they_mean_under_ddp(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_options_of_the_trainer_mean_what_they_mean_under_ddp(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     ddp, *stages = run_ranks(_curves, 2, str(tmp_path), [None, stage(2), stage(3)], options)[0]
     for each in stages:
         torch.testing.assert_close(flat(each), flat(ddp), rtol=1e-6, atol=0)
@@ -75,7 +97,8 @@ def _evaluate_train_train(directory: str, config: Any) -> dict[str, Any]:
         "evaluations": [before, after, made.evaluate()["eval_loss"]],
         "curves": [first, curve(made)],
         "predictions": predictions,
-        "same_model": made.model is model and made.accelerator.unwrap_model(made.model_wrapped) is model,
+        "same_model": made.model is model
+        and made.accelerator.unwrap_model(made.model_wrapped) is model,
     }
 
 
@@ -89,14 +112,19 @@ def test_evaluate_before_train_and_train_twice(tmp_path: Path) -> None:
     for each in alone:
         assert each["same_model"]
         torch.testing.assert_close(flat(each["curves"]), flat(plain["curves"]), rtol=1e-6, atol=0)
-        torch.testing.assert_close(flat(each["evaluations"]), flat(plain["evaluations"]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            flat(each["evaluations"]), flat(plain["evaluations"]), rtol=1e-6, atol=0
+        )
     two = run_ranks(_all_evaluate_train_train, 2, str(tmp_path), [stage(0), stage(1), stage(3)])[0]
     for each in two:
         assert each["same_model"]
         torch.testing.assert_close(flat(each["curves"]), flat(two[0]["curves"]), rtol=1e-6, atol=0)
-        torch.testing.assert_close(flat(each["evaluations"]), flat(two[0]["evaluations"]), **SAME_MATHS)
+        torch.testing.assert_close(
+            flat(each["evaluations"]), flat(two[0]["evaluations"]), **SAME_MATHS
+        )
         torch.testing.assert_close(each["predictions"], two[0]["predictions"], rtol=1e-4, atol=1e-5)
-    # What DDP cannot tell (stock accelerate trains unwrapped after an evaluation): nothing was learned twice or lost.
+    # What DDP cannot tell (stock accelerate trains unwrapped after an evaluation): nothing was
+    # learned twice or lost.
     assert two[0]["curves"][1][0][0] < two[0]["curves"][0][0][0]
 
 
@@ -115,17 +143,24 @@ def test_log_lines_carry_tokens_bytes_memory_and_scale(tmp_path: Path) -> None:
         assert line["peak_host_bytes"] > 1e6
         assert line["grad_norm"] > 0
         assert "loss_scale" not in line
-        # Stage 1 at 2 ranks: half the gradients out and half the parameters out, 4 bytes each, and padding and scalars.
+        # Stage 1 at 2 ranks: half the gradients out and half the parameters out, 4 bytes each, and
+        # padding and scalars.
         assert line["bytes_sent_per_step"] == pytest.approx(4 * elements, rel=0.05)
     silent = run_ranks(_logged, 2, str(tmp_path), stage(1, debug={"stats": False}), {})[0]
     assert "tokens_per_second" not in silent[0]
 
 
-def _schedule(directory: str, config: Any) -> tuple[list[float], list[tuple[float, float]], dict[str, torch.dtype]]:
+def _schedule(
+    directory: str, config: Any
+) -> tuple[list[float], list[tuple[float, float]], dict[str, torch.dtype]]:
     made = trainer(directory, config, bf16=True)
     made.train()
     dtypes = {name: parameter.dtype for name, parameter in made.model.named_parameters()}
-    return [line["learning_rate"] for line in made.state.log_history if "loss" in line], curve(made), dtypes
+    return (
+        [line["learning_rate"] for line in made.state.log_history if "loss" in line],
+        curve(made),
+        dtypes,
+    )
 
 
 def _schedules(directory: str, configs: list[Any]) -> list[Any]:
@@ -137,12 +172,13 @@ def test_bf16_follows_stock_ddp_closely_and_all_stages_agree(tmp_path: Path) -> 
     for rates, losses, dtypes in stages:
         assert rates == stock[0]
         assert set(dtypes.values()) == {torch.bfloat16}
-        # Stages 2 and 3 send each micro-step's gradient, rounded; 0 and 1 send their fp32 sum, rounded.
-        torch.testing.assert_close(flat(losses), flat(stages[0][1]), rtol=2**-8, atol=0)
-        # Stock autocast keeps gradients and the weights of norms in fp32; bf16 has 8 bits, hence 2**-8 for the mean
-        # over tokens that a loss is, and four times that for the norm of rounded gradients.
-        torch.testing.assert_close(flat(losses)[:, 0], flat(stock[1])[:, 0], rtol=2**-8, atol=0)
-        torch.testing.assert_close(flat(losses)[:, 1], flat(stock[1])[:, 1], rtol=2**-6, atol=0)
+        # bf16 has 8 bits, hence 2**-8 for a loss, a mean over tokens, and four times that for the
+        # norm of rounded gradients. Stock autocast keeps gradients and the weights of norms in
+        # fp32; stages 2 and 3 round each micro-step's gradient, 0 and 1 the sum of both.
+        for other in (stages[0][1], stock[1]):
+            mine, theirs = flat(losses), flat(other)
+            torch.testing.assert_close(mine[:, 0], theirs[:, 0], rtol=2**-8, atol=0)
+            torch.testing.assert_close(mine[:, 1], theirs[:, 1], rtol=2**-6, atol=0)
 
 
 def _fp16(directory: str, config: Any) -> dict[str, Any]:
@@ -152,7 +188,9 @@ def _fp16(directory: str, config: Any) -> dict[str, Any]:
     return {key: [line[key] for line in lines] for key in ("loss", "learning_rate", "loss_scale")}
 
 
-def test_fp16_skips_a_step_that_overflows_on_every_rank_and_holds_the_schedule(tmp_path: Path) -> None:
+def test_fp16_skips_a_step_that_overflows_on_every_rank_and_holds_the_schedule(
+    tmp_path: Path,
+) -> None:
     scale = {"initial": 2.0**32, "hysteresis": 1}
     config = stage(2, precision={"loss_scale": scale})
     first, second = run_ranks(_fp16, 2, str(tmp_path), config)
@@ -198,9 +236,56 @@ def _own_loop_object(directory: str) -> tuple[bool, bool, bool, int]:
     )
     made.train()
     engine = engine_of(model)
-    kept = engine is not None and engine.optimizer is optimizer and made.optimizer.optimizer is optimizer
+    kept = (
+        engine is not None
+        and engine.optimizer is optimizer
+        and made.optimizer.optimizer is optimizer
+    )
     return made.model is model, kept, made.is_deepspeed_enabled, dist.get_world_size()
 
 
 def test_model_and_optimizer_stay_the_users_objects(tmp_path: Path) -> None:
     assert run_ranks(_own_loop_object, 2, str(tmp_path))[0] == (True, True, False, 2)
+
+
+def _router(directory: str, config: Any, accumulation: int) -> list[tuple[float, float]]:
+    sizes = {
+        key: getattr(llama_config(), key)
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers")
+    }
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            **sizes,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            output_router_logits=True,
+            # So large that the auxiliary loss is a third of the whole.
+            router_aux_loss_coef=1.0,
+        )
+    )
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "max_grad_norm": 0,
+    }
+    made = trainer(directory, config, model=model, **options)
+    made.train()
+    return curve(made)
+
+
+def test_a_routers_auxiliary_loss_counts_once_whatever_the_ranks_and_micro_steps(
+    tmp_path: Path,
+) -> None:
+    once = flat(run_ranks(_router, 1, str(tmp_path), stage(1), 1)[0])
+    plain = flat(run_ranks(_router, 1, str(tmp_path), None, 1)[0])
+    torch.testing.assert_close(once, plain, rtol=1e-6, atol=0)
+    # The same four micro-batches, split differently: stock transformers makes 4 times as much of
+    # the auxiliary loss.
+    alone = flat(run_ranks(_router, 1, str(tmp_path), stage(1), 4)[0])
+    for number in (1, 3):
+        two = flat(run_ranks(_router, 2, str(tmp_path), stage(number), 2)[0])
+        torch.testing.assert_close(two, alone, rtol=2e-6, atol=0)
+    assert float((alone[0, 0] - once[0, 0]).abs()) < 0.1

@@ -21,7 +21,7 @@ def stage(number: int, **sections: Any) -> dict[str, Any]:
 
 
 def llama_config(**options: Any) -> LlamaConfig:
-    """A Llama of two layers; 1600 to 3072 elements in its matrices, so that some are loaded in slices."""
+    """A Llama of two layers, whose matrices are large enough to be loaded in slices."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -44,7 +44,7 @@ def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
 
 
 def examples(count: int = 24, seed: int = 1) -> list[dict[str, torch.Tensor]]:
-    """Token sequences of one length with unlike numbers of labels, so that ranks and micro-steps weigh differently."""
+    """Sequences with unlike numbers of labels: ranks and micro-steps weigh differently."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index in range(count):
@@ -69,7 +69,9 @@ def arguments(directory: str | Path, config: Any, **options: Any) -> Any:
         "use_cpu": True,
     }
     # The Trainer writes into the dicts of its arguments.
-    return hf_speed.TrainingArguments(str(directory), hf_speed=config, **(defaults | copy.deepcopy(options)))
+    return hf_speed.TrainingArguments(
+        str(directory), hf_speed=config, **(defaults | copy.deepcopy(options))
+    )
 
 
 def trainer(directory: str | Path, config: Any, *, model: Any = None, **options: Any) -> Any:
@@ -86,7 +88,9 @@ def trainer(directory: str | Path, config: Any, *, model: Any = None, **options:
 
 def curve(trained: Any) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every logged step."""
-    return [(line["loss"], line["grad_norm"]) for line in trained.state.log_history if "loss" in line]
+    return [
+        (line["loss"], line["grad_norm"]) for line in trained.state.log_history if "loss" in line
+    ]
 
 
 def flat(rows: Any) -> torch.Tensor:

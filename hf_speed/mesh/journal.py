@@ -25,8 +25,6 @@ from hf_speed.errors import DivergenceError
 from hf_speed.mesh.axes import AxisGroup
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
-_KEPT = 1000
-"""Notes of each rank that stay readable; no rank can be further behind."""
 
 
 class Record(NamedTuple):
@@ -47,10 +45,16 @@ class Watch(NamedTuple):
 
 
 class Journal:
-    """Counts the bytes of collectives and, when enabled, checks that ranks agree on their order."""
+    """Counts the bytes of collectives and, when enabled, checks that ranks agree on their order.
 
-    def __init__(self, *, enabled: bool) -> None:
+    Args:
+        enabled: debug mode.
+        num_kept: notes of each rank that stay readable; more than ranks can be apart.
+    """
+
+    def __init__(self, *, enabled: bool, num_kept: int = 1000) -> None:
         self.enabled = enabled
+        self._num_kept = num_kept
         self.bytes_sent: Counter[str] = Counter()
         self._sequence: Counter[str] = Counter()
         self._watches: dict[str, Watch] = {}
@@ -95,8 +99,9 @@ class Journal:
         self._sequence[group.label] += 1
         record = Record(self._sequence[group.label], operation, num_bytes, _caller())
         watch.store.set(_key(record.sequence, watch.ranks[group.rank]), json.dumps(record))
-        if record.sequence > _KEPT:
-            watch.store.delete_key(_key(record.sequence - _KEPT, watch.ranks[group.rank]))
+        if record.sequence > self._num_kept:
+            old = record.sequence - self._num_kept
+            watch.store.delete_key(_key(old, watch.ranks[group.rank]))
         # Of two ranks that write and then look at least one sees the other.
         _compare(record, watch, group.label, _notes(record, watch))
         return lambda: _check(record, watch, group.label)

@@ -12,7 +12,6 @@ locally while `sync` is off (no_sync, accumulation) and reduce once.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,64 +19,19 @@ from torch.nn import Parameter
 
 from hf_speed.errors import EngineError
 from hf_speed.mesh.collectives import (
-    Pending,
     all_gather_flat,
     all_reduce_flat,
     reduce_scatter_flat,
     sum_parts,
 )
 from hf_speed.mesh.journal import Journal
+from hf_speed.zero.collection import Collection, InFlight
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.parameter import placeholder_of
 from hf_speed.zero.pool import BufferPool
 
 MAX_IN_FLIGHT = 2
 """Reductions under way at once; more would only hold more buffers."""
-
-
-class Collection:
-    """The gradients of one group on their way out.
-
-    Attributes:
-        send: buffer of this backward's gradients, in the wire dtype.
-        arrived: parameters whose gradient this backward has brought.
-        used: parameters that have had a gradient here since they were last cleared.
-        used_anywhere: those that have had one on any rank; known once a step is ready.
-        local: sum of the backwards that were not reduced, in the accumulation dtype.
-        holds: whether `group.grad` is part of the current sum, or left over from an older one.
-        launched: whether this backward's reduction has started.
-    """
-
-    def __init__(self, group: FlatGroup) -> None:
-        self.group = group
-        self.send: Tensor | None = None
-        self.arrived: set[int] = set()
-        self.used: set[int] = set()
-        self.used_anywhere: set[int] = set()
-        self.local: Tensor | None = None
-        self.holds = False
-        self.launched = False
-        self.num_ranks = group.axes.reduce.size * group.axes.replica.size
-        # Scaling to the mean is free while copying to an fp32 wire; 16-bit ones would lose bits.
-        scaled_early = group.dtypes.wire == torch.float32
-        self.early_scale = 1.0 / self.num_ranks if scaled_early else 1.0
-        self.late_scale = 1.0 if scaled_early else 1.0 / self.num_ranks
-
-    @property
-    def shows_gradients(self) -> bool:
-        """Whether pieces can show the accumulated gradient: `.grad` has the piece's dtype."""
-        return self.group.dtypes.accumulate == self.group.dtypes.master
-
-    def target(self, index: int) -> Tensor:
-        """One parameter's place in the send buffer, in its true shape."""
-        if self.send is None:
-            raise EngineError(f"{self.group.name} has no send buffer.")
-        return self.group.slot_view(self.send, self.group.layout.slots[index])
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every parameter has had its gradient in this backward."""
-        return len(self.arrived) == len(self.group.entries)
 
 
 class Reducer:
@@ -121,8 +75,8 @@ class Reducer:
             collection.arrived.clear()
             collection.launched = False
             if collection.group.whole or not collection.holds:
-                # Autograd would add to them where pieces are the parameters themselves; a local sum,
-                # into which they look else, leaves with this backward.
+                # Where pieces are the parameters themselves, autograd would add to them; else they
+                # look into a local sum, which leaves with this backward.
                 for piece in collection.group.pieces:
                     piece.grad = None
         self._stepped = False
@@ -144,13 +98,7 @@ class Reducer:
             collection.launched = False
             collection.arrived.clear()
         self._take_send_buffer(collection)
-        if index in collection.arrived:
-            collection.target(index).add_(gradient, alpha=collection.early_scale)
-        elif collection.early_scale == 1.0:
-            collection.target(index).copy_(gradient)
-        else:
-            torch.mul(gradient, collection.early_scale, out=collection.target(index))
-        collection.arrived.add(index)
+        collection.put(index, gradient)
         if collection.is_complete:
             self._launch_ready()
 
@@ -181,7 +129,7 @@ class Reducer:
             self._hand_over(collection)
 
     def abandon(self) -> None:
-        """An exception has cut a backward short: its reductions finish, its other gradients are lost.
+        """An exception has cut a backward short: finish its reductions, lose its other gradients.
 
         As in plain PyTorch what has arrived stays, next to earlier backwards, until it is cleared.
         """
@@ -189,6 +137,7 @@ class Reducer:
             self._settle()
         for collection in self._collections:
             collection.send = None
+            collection.kept = {}
 
     def flush(self) -> None:
         """Before a step: reduce what was only summed locally, if no backward has synced."""
@@ -235,7 +184,7 @@ class Reducer:
             start += num_entries
 
     def has_gradient(self, group: FlatGroup, index: int) -> bool:
-        """Whether any rank has a gradient of a parameter; known between `drop_unused` and the step."""
+        """Whether any rank has a gradient of a parameter; known once a step is ready."""
         collection = self._by_group.get(group)
         if collection is None:
             return group.entries[index].parameter.grad is not None
@@ -328,17 +277,19 @@ class Reducer:
             if index not in collection.arrived:
                 collection.target(index).zero_()
         if collection.local is not None:
+            collection.settle_kept()
             send.add_(collection.local, alpha=collection.early_scale)
             self._drop_local(collection)
         collection.launched = True
         collection.send = None
+        kept, collection.kept = collection.kept, {}
         receive = self._pool.take(send.numel(), send.dtype)
-        # Between the ranks that divide the group; at stage 0 between those that repeat it.
-        ranks = group.axes.replica if group.axes.reduce.is_identity else group.axes.reduce
-        shares = reduce_scatter_flat(send, group=ranks, journal=self._journal, receive=receive)
-        self._in_flight.append(InFlight(collection, send, receive, shares))
+        shares = reduce_scatter_flat(
+            send, group=collection.ranks, journal=self._journal, receive=receive
+        )
+        self._in_flight.append(InFlight(collection, send, receive, shares, kept))
 
-    def _advance(self, reduction: "InFlight") -> None:
+    def _advance(self, reduction: InFlight) -> None:
         """Start the second half of a reduction over replicas, once the first has arrived."""
         group = reduction.collection.group
         if group.axes.replica.is_identity or reduction.summed is not None:
@@ -347,13 +298,13 @@ class Reducer:
             # Stage 0: each replica sums a slice; the slices come together where the shares arrived,
             # in the slice that is this rank's own and that nobody has written.
             mine = group.replica_slice(reduction.receive)
-            sum_parts(reduction.shares.wait(), out=mine, accumulate=False, scale=1.0)
+            reduction.sum_shares(out=mine, accumulate=False, scale=1.0)
             reduction.summed = all_gather_flat(
                 reduction.receive, group=group.axes.replica, journal=self._journal
             )
             return
         mine = torch.empty(group.layout.part_numel, dtype=group.dtypes.wire, device=group.device)
-        sum_parts(reduction.shares.wait(), out=mine, accumulate=False, scale=1.0)
+        reduction.sum_shares(out=mine, accumulate=False, scale=1.0)
         reduction.summed = all_reduce_flat(mine, group=group.axes.replica, journal=self._journal)
 
     def _settle(self) -> None:
@@ -361,32 +312,38 @@ class Reducer:
         reduction = self._in_flight.popleft()
         self._advance(reduction)
         collection = reduction.collection
-        summed = reduction.summed
-        shares = reduction.shares.wait() if summed is None else [summed.wait()]
         send, receive = reduction.send, reduction.receive
-        if self._is_the_mean(collection, shares, receive):
+        if self._is_the_mean(reduction):
             collection.group.grad, receive = receive, collection.group.grad
         else:
-            self._add_mean(collection, shares)
+            self._add_mean(reduction)
         collection.holds = True
-        del shares, summed, reduction
+        del reduction
         self._pool.give(send)
         if receive is not None:
             self._pool.give(receive)
 
-    def _is_the_mean(self, collection: Collection, shares: list[Tensor], receive: Tensor) -> bool:
+    def _is_the_mean(self, reduction: InFlight) -> bool:
         """Whether the buffer that arrived can become group.grad as it is, without a copy."""
-        wanted = collection.group.dtypes.accumulate
-        fresh = not collection.holds and collection.late_scale == 1.0
-        return fresh and shares[0] is receive and receive.dtype == wanted
+        collection, summed = reduction.collection, reduction.summed
+        if summed is None or collection.holds or collection.late_scale != 1.0:
+            return False
+        arrived = summed.wait()
+        return arrived is reduction.receive and arrived.dtype == collection.group.dtypes.accumulate
 
-    def _add_mean(self, collection: Collection, shares: list[Tensor]) -> None:
+    def _add_mean(self, reduction: InFlight) -> None:
+        collection = reduction.collection
         group = collection.group
         if group.grad is None:
             group.grad = torch.empty(
                 group.layout.part_numel, dtype=group.dtypes.accumulate, device=group.device
             )
-        sum_parts(shares, out=group.grad, accumulate=collection.holds, scale=collection.late_scale)
+        scale, holds = collection.late_scale, collection.holds
+        if reduction.summed is None:
+            reduction.sum_shares(out=group.grad, accumulate=holds, scale=scale)
+        else:
+            summed = reduction.summed.wait()
+            sum_parts([summed], out=group.grad, accumulate=holds, scale=scale)
 
     def _grad_of(self, group: FlatGroup) -> Tensor:
         if group.grad is None:
@@ -414,18 +371,3 @@ class Reducer:
         for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True):
             stop = slot_piece.part_start + slot_piece.numel
             yield piece, source[slot_piece.part_start : stop].view(piece.shape)
-
-
-@dataclass(slots=True, eq=False)
-class InFlight:
-    """A reduction under way and the buffers that it reads and writes.
-
-    `shares` come from the ranks that divide the group; `summed`, where there are replicas, is their
-    sum over those too.
-    """
-
-    collection: Collection
-    send: Tensor
-    receive: Tensor
-    shares: Pending[list[Tensor]]
-    summed: Pending[Tensor] | None = None

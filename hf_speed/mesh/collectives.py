@@ -97,7 +97,9 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
         return Pending((), lambda: full, what=what)
     parts = _parts(full, group)
     mine = parts[group.rank]
-    check = journal.note("all_gather", group, num_bytes=full.nbytes, sent=mine.nbytes * (group.size - 1))
+    check = journal.note(
+        "all_gather", group, num_bytes=full.nbytes, sent=mine.nbytes * (group.size - 1)
+    )
     if full.is_cuda:
         works = [guard(what, lambda: _ALL_GATHER(full, mine, group=group.group, async_op=True))]
     else:

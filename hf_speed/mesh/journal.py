@@ -137,7 +137,7 @@ def _check(record: Record, watch: Watch, label: str) -> None:
         absent = sorted(set(watch.ranks) - _notes(record, watch).keys())
         raise DivergenceError(
             f"Of the ranks {watch.ranks} of {label}, {absent} did not come to {_describe(record)} "
-            f"within {watch.timeout.total_seconds():g} s (debug.timeout_s): they died, or run other "
+            f"within {watch.timeout.total_seconds():g} s (debug.timeout_s): they died or run other "
             f"modules. Every rank must run the same modules in the same order."
         ) from error
     _compare(record, watch, label, _notes(record, watch))

@@ -26,7 +26,9 @@ def _gradients(engine: Engine) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _attached(stage: int, model: nn.Module | None = None) -> tuple[nn.Module, Engine, torch.optim.Optimizer]:
+def _attached(
+    stage: int, model: nn.Module | None = None
+) -> tuple[nn.Module, Engine, torch.optim.Optimizer]:
     model = Tower() if model is None else model
     engine = Engine.attach(model, speed(stage))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -62,8 +64,7 @@ def test_one_and_eight_micro_steps_give_the_gradients_of_plain_pytorch() -> None
 
 
 def _uneven_rows() -> None:
-    """Rank 0 has 1 row, rank 1 has 3; each loss is a sum over the total number, as
-    `num_items_in_batch` makes it."""
+    """Rank 0 has 1 row, rank 1 has 3; losses are sums over all, as with num_items_in_batch."""
     everything = torch.cat([tower_rows(step, rank=0) for step in range(2)])
     mine = everything[:1] if rank_here() == 0 else everything[1:]
     whole = Tower()

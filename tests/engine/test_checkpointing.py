@@ -17,10 +17,14 @@ from tests.engine.toys import (
 from tests.support import run_ranks
 
 
-def _trained(model: nn.Module, stage: int | None, *, on_rank: bool) -> tuple[Tensor, dict[str, Tensor], int]:
+def _trained(
+    model: nn.Module, stage: int | None, *, on_rank: bool
+) -> tuple[Tensor, dict[str, Tensor], int]:
     """Losses of three steps, final parameters, bytes sent."""
     engine = None if stage is None else Engine.attach(model, speed(stage))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9
+    )
     if engine is not None:
         engine.bind_optimizer(optimizer)
     losses = []
@@ -51,7 +55,9 @@ def _full_training() -> None:
     for kind in ("llama", "gpt2"):
         _, plain, _ = _trained(_checkpointed(kind, reentrant=None), None, on_rank=False)
         for stage in (1, 2, 3):
-            losses, parameters, sent = _trained(_checkpointed(kind, reentrant=None), stage, on_rank=True)
+            losses, parameters, sent = _trained(
+                _checkpointed(kind, reentrant=None), stage, on_rank=True
+            )
             assert_same_values(parameters, plain, rtol=1e-5, atol=1e-6)
             for reentrant in (False, True):
                 model = _checkpointed(kind, reentrant=reentrant)
@@ -76,16 +82,17 @@ class LowRank(nn.Module):
         nn.init.normal_(self.up.weight, std=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The sum of both."""
         return self.base(x) + self.up(self.down(x))
 
 
 def _adapted(*, reentrant: bool | None) -> nn.Module:
     model = _checkpointed("llama", reentrant=reentrant)
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     for layer in model.model.layers[1:]:
         layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
-        layer.self_attn.q_proj.up.requires_grad_(True)
-        layer.self_attn.q_proj.down.requires_grad_(True)
+        layer.self_attn.q_proj.up.requires_grad_(requires_grad=True)
+        layer.self_attn.q_proj.down.requires_grad_(requires_grad=True)
     if reentrant:
         model.enable_input_require_grads()
     return model

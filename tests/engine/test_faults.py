@@ -34,6 +34,7 @@ class Bomb(nn.Module):
         self.armed: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x`, or an exception."""
         if self.armed == "forward":
             raise ValueError("the bomb went off")
         if self.armed == "backward" and x.requires_grad:
@@ -41,7 +42,7 @@ class Bomb(nn.Module):
             x.register_hook(self._explode)
         return x
 
-    def _explode(self, gradient: Tensor) -> None:
+    def _explode(self, gradient: Tensor) -> None:  # noqa: ARG002 - a hook's signature
         raise ValueError("the bomb went off")
 
 
@@ -76,7 +77,9 @@ def _good_step_after_exceptions() -> None:
                 engine.backward(model(tower_rows(step)))
                 optimizer.step()
                 optimizer.zero_grad()
-            assert_same_values(whole_parameters(engine), plain_parameters(plain), rtol=1e-5, atol=1e-7)
+            assert_same_values(
+                whole_parameters(engine), plain_parameters(plain), rtol=1e-5, atol=1e-7
+            )
 
 
 def test_a_step_after_an_exception_on_all_ranks_is_a_good_step() -> None:

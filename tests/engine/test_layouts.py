@@ -74,7 +74,10 @@ def test_four_ranks_replicas_and_prefetching_train_as_one_process_with_the_fewes
         for name, run in runs.items():
             torch.testing.assert_close(run.losses, plain.losses, rtol=1e-6, atol=0.0, msg=name)
             reference = "replicas, stage 1" if "replicas" in name else "stage 1"
-            if "stage 0" not in name:
+            if "small units" in name:
+                # Other owners of an element: its sum over ranks starts with another one's share.
+                assert_same_values(run.parameters, plain.parameters, rtol=1e-5, atol=1e-6)
+            elif "stage 0" not in name:
                 assert torch.equal(run.losses, runs[reference].losses), name
                 assert_same_values(run.parameters, runs[reference].parameters)
         sent = {name: run.bytes_sent - _flag_bytes() for name, run in runs.items()}
@@ -88,7 +91,9 @@ def test_four_ranks_replicas_and_prefetching_train_as_one_process_with_the_fewes
         # Over pairs, then this rank's half over the pair of replicas.
         assert sent["replicas, stage 0"] == twice
         assert sent["replicas, stage 2"] == everything + everything // 2
-        assert sent["replicas, stage 3"] == sent["replicas, stage 2"] + (NUM_LAYERS - 1) * layer // 2
+        assert (
+            sent["replicas, stage 3"] == sent["replicas, stage 2"] + (NUM_LAYERS - 1) * layer // 2
+        )
 
 
 class Odd(nn.Module):
@@ -105,6 +110,7 @@ class Odd(nn.Module):
         self.seven = nn.Parameter(torch.randn(7))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(rows, 5) -> 0-d loss."""
         x = self.first(x) * self.scale + (x @ self.empty.T).sum() + self.empty.sum()
         return self.second(x.tanh()).square().mean() * self.seven.sum() * self.three.prod()
 
@@ -166,7 +172,9 @@ def _held_at_stage_3() -> list[tuple[int, int]]:
         numel = sum(p.numel() for p in parameters)
         shown = sum(p.element_size() for p in parameters)
         found.append((_bytes_alive(model, engine), 4 * numel // 2 + shown))
-        moments = sum(s.nbytes for state in optimizer.state.values() for s in state.values() if s.dim())
+        moments = sum(
+            s.nbytes for state in optimizer.state.values() for s in state.values() if s.dim()
+        )
         assert moments == numel * 2 * 4 // 2
     return found
 
@@ -200,7 +208,11 @@ def _two_and_a_reference() -> None:
     for step in range(3):
         _distil(plain_a, plain_b, frozen, optimizers, step)
     for stages in ((3, 3, 3), (3, 1, 3), (0, 2, 0)):
-        models = [Tower(seed=1), Tower(seed=2), Tower(seed=4).requires_grad_(False).eval()]
+        models = [
+            Tower(seed=1),
+            Tower(seed=2),
+            Tower(seed=4).requires_grad_(requires_grad=False).eval(),
+        ]
         engines = [Engine.attach(m, speed(s)) for m, s in zip(models, stages, strict=True)]
         optimizers = [adamw(model.parameters()) for model in models[:2]]
         for engine, optimizer in zip(engines, optimizers, strict=False):
@@ -208,7 +220,9 @@ def _two_and_a_reference() -> None:
         for step in range(3):
             _distil(*models, optimizers, step)
         for engine, plain in zip(engines, (plain_a, plain_b, frozen), strict=True):
-            assert_same_values(whole_parameters(engine), plain_parameters(plain), rtol=1e-5, atol=1e-7)
+            assert_same_values(
+                whole_parameters(engine), plain_parameters(plain), rtol=1e-5, atol=1e-7
+            )
         engines[0].detach()
         # The others live on.
         (models[1](tower_rows(0)) + models[2](tower_rows(0))).backward()

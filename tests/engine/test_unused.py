@@ -41,6 +41,7 @@ class Choice(nn.Module):
         self.a, self.b, self.never = (nn.Linear(5, 5) for _ in range(3))
 
     def forward(self, x: Tensor, branch: str) -> Tensor:
+        """The layer named by `branch`."""
         return x + (self.a if branch == "a" else self.b)(x).tanh()
 
 
@@ -55,6 +56,7 @@ class Chooser(nn.Module):
         self.outlet = nn.Linear(5, 1)
 
     def forward(self, x: Tensor, branches: str) -> Tensor:
+        """(rows, 5) -> 0-d loss; a letter for each block."""
         for block, branch in zip(self.blocks, branches, strict=True):
             x = block(x, branch)
         return self.outlet(x).square().mean()
@@ -103,7 +105,9 @@ def test_ranks_that_skip_different_blocks_train_as_ddp_with_find_unused() -> Non
 def _choosing_branches() -> list[Pair]:
     def forward(model: nn.Module, step: int) -> Tensor:
         # Rank 0 always takes a; rank 1 takes b in some blocks, in others b is unused by all.
-        branches = "".join("ab"[rank_here() and (block + step) % 3 == 0] for block in range(NUM_BLOCKS))
+        branches = "".join(
+            "ab"[rank_here() and (block + step) % 3 == 0] for block in range(NUM_BLOCKS)
+        )
         return model(tower_rows(step), branches)
 
     return [_beside_ddp(Chooser, stage, forward) for stage in STAGES]
@@ -139,6 +143,7 @@ def test_gradient_of_a_parameter_that_no_rank_used_is_none() -> None:
 def _frozen() -> list[tuple[Pair, list[str]]]:
     results = []
     for stage in STAGES:
+
         def make() -> Tower:
             model = Tower()
             for name, parameter in model.named_parameters():
@@ -150,7 +155,9 @@ def _frozen() -> list[tuple[Pair, list[str]]]:
         trained = [p for p in ours.parameters() if p.requires_grad]
         our_optimizer = torch.optim.AdamW(trained, lr=1e-2)
         engine.bind_optimizer(our_optimizer)
-        their_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
+        their_optimizer = torch.optim.AdamW(
+            [p for p in theirs.parameters() if p.requires_grad], lr=1e-2
+        )
         peer = DistributedDataParallel(theirs)
         for step in range(3):
             for model, optimizer in ((ours, our_optimizer), (peer, their_optimizer)):

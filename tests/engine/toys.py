@@ -201,7 +201,11 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def assert_same_values(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, rtol: float = 0.0, atol: float = 0.0
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
 ) -> None:
     """Every tensor equal: bitwise by default."""
     assert list(ours) == list(theirs)

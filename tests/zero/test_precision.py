@@ -32,7 +32,11 @@ def _parameter(dtype: torch.dtype, *, trained: bool = True) -> nn.Parameter:
         (_plan(BF16, master=None), _parameter(FP32), Dtypes(BF16, BF16, BF16, BF16)),
         (_plan(BF16, accumulate=None), _parameter(FP32), Dtypes(BF16, FP32, BF16, BF16)),
         (_plan(BF16), _parameter(FP32, trained=False), Dtypes(BF16, BF16, BF16, BF16)),
-        (_plan(BF16, keep_fp32=frozenset({"norm"})), _parameter(FP32), Dtypes(FP32, FP32, FP32, FP32)),
+        (
+            _plan(BF16, keep_fp32=frozenset({"norm"})),
+            _parameter(FP32),
+            Dtypes(FP32, FP32, FP32, FP32),
+        ),
     ],
 )
 def test_dtypes_follow_the_plan(
@@ -71,12 +75,12 @@ def _scales(config: LossScaleConfig, overflows: str) -> list[float]:
 
 def test_scale_doubles_after_a_window_of_good_steps() -> None:
     config = LossScaleConfig(initial=8.0, window=3)
-    assert _scales(config, "..." "..x" "...") == [8, 8, 16, 16, 16, 16, 16, 16, 32]
+    assert _scales(config, ".....x...") == [8, 8, 16, 16, 16, 16, 16, 16, 32]
 
 
 def test_scale_halves_once_hysteresis_is_used_up_and_a_window_restores_it() -> None:
     config = LossScaleConfig(initial=64.0, window=2, hysteresis=3)
-    assert _scales(config, "xxxx" ".." "xx") == [64, 64, 32, 16, 16, 32, 32, 32]
+    assert _scales(config, "xxxx..xx") == [64, 64, 32, 16, 16, 32, 32, 32]
 
 
 def test_scale_never_falls_below_the_floor() -> None:

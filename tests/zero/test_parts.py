@@ -64,7 +64,7 @@ def test_a_released_parameter_keeps_identity_metadata_and_gradient_but_no_memory
     assert torch.is_floating_point(parameter)
     assert parameter.grad.sum() == 60000
     assert {parameter: 1}[parameter] == 1
-    assert len({parameter, parameter}) == 1  # noqa: B033 - equal to itself, by identity
+    assert len({parameter, parameter}) == 1
     with pytest.raises(ShardedParameterError, match=r"sum needs the values of a\.b of shape"):
         parameter.sum()
     publish(parameter, values)

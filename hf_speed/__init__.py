@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TrainingArguments,
         disable,
         enable,
+        from_config,
         from_pretrained,
         integrate_args,
         integrate_trainer,
@@ -45,6 +46,7 @@ __all__ = [
     "enable",
     "engine_of",
     "export",
+    "from_config",
     "from_pretrained",
     "gathered",
     "get_full_grad",
@@ -58,6 +60,11 @@ __all__ = [
 ]
 
 
+_OF_TRAINER = frozenset(
+    {"Trainer", "TrainingArguments", "disable", "enable", "from_config", "from_pretrained"}
+)
+
+
 def _home_of(name: str) -> str:
     """The module that defines public name `name`."""
     match name:
@@ -67,11 +74,7 @@ def _home_of(name: str) -> str:
             return "hf_speed.integrations.accelerate"
         case "export":
             return "hf_speed.checkpoint.export"
-        case "enable" | "disable":
-            # The module: on its package, once imported, it hides the function of the same name.
-            return "hf_speed.integrations.transformers.enable"
-    of_trainer = name in {"Trainer", "TrainingArguments", "from_pretrained"}
-    if of_trainer or name.startswith("integrate_"):
+    if name in _OF_TRAINER or name.startswith("integrate_"):
         return "hf_speed.integrations.transformers"
     return "hf_speed.engine"
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_speed.checkpoint import StateReader
+from hf_speed.checkpoint import StateReader, agreed
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME, ModelPlan
 from hf_speed.engine import Engine
@@ -89,9 +89,10 @@ def write_model(engine: Engine, directory: str, *, max_shard_bytes: int | None =
     """
     if is_peft(engine.model):
         state = adapter_state(engine)
-        if engine.mesh.world.rank == 0:
-            model: Any = engine.model
-            model.save_pretrained(directory, state_dict=state)
+        model: Any = engine.model
+        with agreed(engine.mesh.world, f"Saving the adapters to {directory}"):
+            if engine.mesh.world.rank == 0:
+                model.save_pretrained(directory, state_dict=state)
         return
     save_hub_model(
         engine.model,

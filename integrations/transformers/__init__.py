@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_speed.integrations.transformers.arguments import TrainingArguments, integrate_args
-    from hf_speed.integrations.transformers.enable import disable, enable
     from hf_speed.integrations.transformers.loading import from_config, from_pretrained
+    from hf_speed.integrations.transformers.switch import disable, enable
     from hf_speed.integrations.transformers.trainer import Trainer, integrate_trainer
 
 __all__ = [
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> object:
     """Load a public name on first use."""
     homes = {
         "arguments": ("TrainingArguments", "integrate_args"),
-        "enable": ("disable", "enable"),
+        "switch": ("disable", "enable"),
         "loading": ("from_config", "from_pretrained"),
         "trainer": ("Trainer", "integrate_trainer"),
     }

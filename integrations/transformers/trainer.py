@@ -19,8 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
+from hf_speed.checkpoint import agreed
 from hf_speed.engine import Engine, engine_of
 from hf_speed.errors import ConfigError
 from hf_speed.integrations import weights
@@ -28,6 +29,7 @@ from hf_speed.integrations.accelerate import Accelerator
 from hf_speed.integrations.transformers.arguments import config_of
 from hf_speed.integrations.transformers.loading import sliced_loading, slices_wanted
 from hf_speed.integrations.transformers.metrics import StepMeter
+from hf_speed.integrations.transformers.resume import last_whole_checkpoint, require_resumable
 
 
 class HfSpeedTrainerMixin(transformers.Trainer):
@@ -95,6 +97,26 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         )
         with sliced_loading(wanted=slices_wanted(config)):
             return super().call_model_init(trial)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - the Trainer's signature
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the base class does; `True` resumes the newest checkpoint that is whole.
+
+        Raises:
+            CheckpointError: the save of the checkpoint was cut short, or it is damaged.
+            ConfigError: it holds the optimizer state of plain transformers.
+        """
+        if self.is_hf_speed_enabled and resume_from_checkpoint is True:
+            found = last_whole_checkpoint(self.args.output_dir)
+            # None: the base class says that there is none.
+            resume_from_checkpoint = True if found is None else found
+        if self.is_hf_speed_enabled and isinstance(resume_from_checkpoint, str):
+            require_resumable(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- a step ----
 
@@ -177,11 +199,14 @@ class HfSpeedTrainerMixin(transformers.Trainer):
             )
             # The base class knows the layouts of PEFT and of bare modules; ranks that do not write
             # return at once.
-            self._save(home, state_dict=gather(engine))
+            state = gather(engine)
+            with agreed(engine.mesh.world, f"Saving the model to {home}"):
+                self._save(home, state_dict=state)
         else:
             weights.write_model(engine, home)
-            if self.args.should_save:
-                self._save_companions(home)
+            with agreed(engine.mesh.world, f"Saving what belongs to the model to {home}"):
+                if self.args.should_save:
+                    self._save_companions(home)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -199,8 +224,9 @@ class HfSpeedTrainerMixin(transformers.Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         engine.save(output_dir)
-        if self.args.should_save and self.lr_scheduler is not None:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        with agreed(engine.mesh.world, f"Saving the scheduler to {output_dir}"):
+            if self.args.should_save and self.lr_scheduler is not None:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -214,21 +240,11 @@ class HfSpeedTrainerMixin(transformers.Trainer):
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another model.
-            ConfigError: it holds the optimizer state of plain transformers.
         """
         engine = self.speed_engine
         if engine is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if (Path(checkpoint) / OPTIMIZER_NAME).is_file() and not weights.has_engine_state(
-            checkpoint
-        ):
-            raise ConfigError(
-                f"{checkpoint} was written without hf_speed: its {OPTIMIZER_NAME} holds whole "
-                "tensors by number. Start "
-                f"from its weights alone (from_pretrained({checkpoint!r})), or resume it with "
-                "hf_speed=None."
-            )
         weights.load_model(engine, checkpoint)
         if weights.has_engine_state(checkpoint):
             engine.load(checkpoint)

@@ -1,6 +1,8 @@
 """Checkpoints through the Trainer: Hub models that resume at the same and at another world size."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_speed
 from hf_speed.errors import CheckpointError, ConfigError, HfSpeedError
 from tests.integrations.toys import arguments, curve, examples, flat, llama, stage, trainer
-from tests.support import run_ranks
+from tests.support import RankError, run_ranks
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
@@ -181,6 +183,52 @@ def test_damaged_and_foreign_checkpoints_raise_on_every_rank(tmp_path: Path) -> 
         assert "of another model" in foreign
         assert stock.startswith(ConfigError.__name__)
         assert "written without hf_speed" in stock
+
+
+def _train_until_killed(directory: str) -> None:
+    made = trainer(directory, stage(3), **SAVING)
+    save = made._save_optimizer_and_scheduler
+
+    def die_in_the_second_save(output_dir: str) -> None:
+        if output_dir.endswith("checkpoint-4") and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(output_dir)
+
+    made._save_optimizer_and_scheduler = die_in_the_second_save
+    made.train()
+
+
+def _resume_newest(directory: str) -> tuple[list[float], str]:
+    made = trainer(directory, stage(3), **SAVING)
+    made.train(resume_from_checkpoint=True)
+    refused = ""
+    try:
+        trainer(directory, stage(3), **SAVING).train(
+            resume_from_checkpoint=f"{directory}/checkpoint-4-cut"
+        )
+    except CheckpointError as error:
+        refused = str(error)
+    return [line["loss"] for line in made.state.log_history if "loss" in line], refused
+
+
+def _train_whole(directory: str) -> list[float]:
+    made = trainer(directory, stage(3), **SAVING)
+    made.train()
+    return [line["loss"] for line in made.state.log_history if "loss" in line]
+
+
+def test_resume_passes_over_a_save_that_was_killed(tmp_path: Path) -> None:
+    home = tmp_path / "killed"
+    with pytest.raises(RankError):
+        run_ranks(_train_until_killed, 2, str(home))
+    assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-2"}
+    unfinished = home / "checkpoint-4"
+    assert unfinished.is_dir()
+    assert not (unfinished / "hf_speed" / "manifest.json").exists()
+    shutil.copytree(unfinished, home / "checkpoint-4-cut")
+    losses, refused = run_ranks(_resume_newest, 2, str(home))[0]
+    assert losses == run_ranks(_train_whole, 2, str(tmp_path / "whole"))[0]
+    assert "manifest" in refused
 
 
 def _fp16(directory: str, model: Any, *, resume: bool) -> list[dict[str, float]]:

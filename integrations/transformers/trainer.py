@@ -111,7 +111,7 @@ class HfSpeedTrainerMixin(transformers.Trainer):
             ConfigError: it holds the optimizer state of plain transformers.
         """
         if self.is_hf_speed_enabled and resume_from_checkpoint is True:
-            found = last_whole_checkpoint(self.args.output_dir)
+            found = last_whole_checkpoint(str(self.args.output_dir))
             # None: the base class says that there is none.
             resume_from_checkpoint = True if found is None else found
         if self.is_hf_speed_enabled and isinstance(resume_from_checkpoint, str):

@@ -16,6 +16,7 @@ NAMES = [
     "enable",
     "engine_of",
     "export",
+    "from_config",
     "from_pretrained",
     "gathered",
     "get_full_grad",

@@ -75,7 +75,7 @@ def _reads_and_writes() -> None:
         with pytest.raises(EngineError, match=r"AdamW keeps no 'sum' .*exp_avg"):
             get_full_optimizer_state(model, NAME, "sum")
         with pytest.raises(EngineError, match=r"Did you mean 'blocks\.1\.0\.weight'"):
-            get_full_parameter(model, "blocks.1.0.wieght")
+            get_full_parameter(model, "blocks.1.0.weights")
 
         # Writing all three steers the next step.
         value = torch.arange(35.0).view(7, 5)

@@ -27,10 +27,10 @@ this one would show."""
 
 
 def _skips(step: int) -> tuple[int, ...]:
-    """Blocks that this rank leaves out: rank 0 the low ones first, rank 1 the high ones."""
+    """Blocks that this rank leaves out: even ranks the low ones first, odd ones the high ones."""
     blocks = range(NUM_BLOCKS)
     by_rank = [blocks[step : step + 4], blocks[NUM_BLOCKS - 4 - step : NUM_BLOCKS - step]]
-    return tuple(by_rank[rank_here()])
+    return tuple(by_rank[rank_here() % 2])
 
 
 class Choice(nn.Module):
@@ -68,10 +68,12 @@ def _beside_ddp(
     forward: Callable[[nn.Module, int], Tensor],
     *,
     journal: bool = False,
+    dp_replicate: int = 1,
 ) -> Pair:
     """Parameters after three steps of AdamW with weight decay, by an engine and by DDP."""
     ours, theirs = make(), make()
-    engine = Engine.attach(ours, speed(stage, debug={"timeout_s": 20.0, "journal": journal}))
+    debug, mesh = {"timeout_s": 20.0, "journal": journal}, {"dp_replicate": dp_replicate}
+    engine = Engine.attach(ours, speed(stage, debug=debug, mesh=mesh))
     our_optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1)
     engine.bind_optimizer(our_optimizer)
@@ -98,6 +100,24 @@ def _skipping_blocks() -> list[Pair]:
 
 def test_ranks_that_skip_different_blocks_train_as_ddp_with_find_unused() -> None:
     for pairs in run_ranks(_skipping_blocks, 2):
+        for ours, theirs in pairs:
+            assert_same_values(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def _skipping_on_four() -> list[Pair]:
+    def forward(model: nn.Module, step: int) -> Tensor:
+        # Neighbours differ, and so do replicas.
+        skip = _skips(step) if rank_here() < 2 else _skips(step + 2)
+        return model(tower_rows(step), skip=skip)
+
+    def make() -> nn.Module:
+        return Tower(num_blocks=NUM_BLOCKS)
+
+    return [_beside_ddp(make, 3, forward, dp_replicate=replicas) for replicas in (1, 2)]
+
+
+def test_four_ranks_with_and_without_replicas_may_skip_blocks_too() -> None:
+    for pairs in run_ranks(_skipping_on_four, 4):
         for ours, theirs in pairs:
             assert_same_values(ours, theirs, rtol=1e-5, atol=1e-7)
 

@@ -2,13 +2,14 @@
 # Trains a small Llama from scratch on the text of this machine's Python standard library: ZeRO-3 on 2 processes,
 # saved, resumed, exported, reloaded with plain transformers. Sets up .venv first. Every number is measured here.
 #
-#   bash scripts/quickstart.sh [OUT]      OUT: where results go, default out/quickstart; emptied first
+#   bash scripts/quickstart.sh [OUT]      OUT: where results go, default out/quickstart; an earlier one's are removed
 #
 # STEPS (default 500) is the length of the training; PYTHON another interpreter for .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${1:-out/quickstart}"
-steps="${STEPS:-500}"
+# A multiple of 20, so that saves, evaluations and log lines fall on the same steps before and after the resume.
+steps=$(((${STEPS:-500} + 19) / 20 * 20))
 resume_at=$((steps * 3 / 4))
 recipe=scripts/recipes/quickstart
 started=$SECONDS
@@ -31,15 +32,20 @@ fi
 launch=(accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no
     --main_process_port 0)
 
+if [ -e "$out" ] && [ ! -e "$out/.quickstart" ] && [ -n "$(ls -A "$out")" ]; then
+    echo "quickstart: $out holds files that are not from a quickstart; name another folder or remove it." >&2
+    exit 1
+fi
 rm -rf "$out"
 mkdir -p "$out"
+touch "$out/.quickstart"
 
 say "Tokenizer and dataset from the standard library"
 python "$recipe/data.py" --out "$out/data"
 
 train=(--data "$out/data" --max_steps "$steps" --per_device_train_batch_size 4 --per_device_eval_batch_size 8
     --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --weight_decay 0.1 --adam_beta2 0.98 --optim adamw_torch_fused
-    --logging_steps $((steps >= 40 ? steps / 40 : 1)) --eval_strategy steps --eval_steps $((steps / 4))
+    --logging_steps $((steps / 20)) --eval_strategy steps --eval_steps $((steps / 4))
     --save_steps $((steps / 4)) --report_to none --seed 0 --disable_tqdm False --dataloader_pin_memory False)
 
 say "Plain PyTorch, one process, 3 steps: how many bytes it keeps alive"

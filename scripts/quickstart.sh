@@ -4,12 +4,12 @@
 #
 #   bash scripts/quickstart.sh [OUT]      OUT: where results go, default out/quickstart; an earlier one's are removed
 #
-# STEPS (default 500) is the length of the training; PYTHON another interpreter for .venv.
+# STEPS (default 400) is the length of the training; PYTHON another interpreter for .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${1:-out/quickstart}"
 # A multiple of 20, so that saves, evaluations and log lines fall on the same steps before and after the resume.
-steps=$(((${STEPS:-500} + 19) / 20 * 20))
+steps=$(((${STEPS:-400} + 19) / 20 * 20))
 resume_at=$((steps * 3 / 4))
 recipe=scripts/recipes/quickstart
 started=$SECONDS

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from hf_speed.errors import EngineError
 from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.collectives import Pending, all_gather_flat, all_reduce_small
 from hf_speed.mesh.journal import Journal
@@ -138,7 +139,14 @@ class Stepper:
         for gradient in self.gradients():
             gradient.clamp_(-value, value)
 
-    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:  # noqa: ARG002
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise EngineError(
+                f"{type(optimizer).__name__}.step(closure) computes gradients after hf_speed has "
+                f"made them ready. Call backward first, then step() without a closure."
+            )
         self.make_ready()
         if self.was_skipped:
             # Optimizers leave a parameter without a gradient alone, counters included.

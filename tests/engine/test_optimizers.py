@@ -161,6 +161,15 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         engine.bind_optimizer(stranger)
 
 
+def test_a_step_with_a_closure_is_refused() -> None:
+    model = Tower()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Engine.attach(model, speed(1)).bind_optimizer(optimizer)
+    optimizer.step(None)
+    with pytest.raises(EngineError, match=r"SGD.step\(closure\) computes gradients after"):
+        optimizer.step(lambda: 0.0)
+
+
 def test_a_model_is_attached_once() -> None:
     model = Tower()
     Engine.attach(model, speed(2))

@@ -9,7 +9,7 @@ from tests.architecture.sources import ROOT
 
 
 def test_rooms_import_downwards_only() -> None:
-    # A process of its own: import-linter configures logging, which silences every logger made before.
+    # A process of its own: import-linter configures logging, which silences loggers made before.
     tool = Path(sysconfig.get_path("scripts")) / "lint-imports"
     done = subprocess.run(
         [str(tool), "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False

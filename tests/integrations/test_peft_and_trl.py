@@ -14,15 +14,21 @@ from trl import SFTConfig, SFTTrainer
 
 import hf_speed
 from hf_speed.engine import engine_of
-from tests.integrations.toys import VOCABULARY, arguments, curve, examples, flat, llama, stage
+from tests.integrations.toys import (
+    VOCABULARY,
+    arguments,
+    checkpointing,
+    curve,
+    examples,
+    flat,
+    llama,
+    stage,
+)
 from tests.support import run_ranks
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 
-CHECKPOINTING: dict[str, Any] = {
-    "activation_checkpointing": True,
-    "activation_checkpointing_kwargs": {"use_reentrant": False},
-}
+CHECKPOINTING = checkpointing(use_reentrant=False)
 
 
 def _lora(seed: int = 0) -> Any:

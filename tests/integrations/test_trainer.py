@@ -19,6 +19,7 @@ from hf_speed.engine import engine_of
 from tests.integrations.toys import (
     STAGES,
     VOCABULARY,
+    checkpointing,
     curve,
     examples,
     flat,
@@ -65,14 +66,8 @@ def test_one_process_with_a_config_equals_one_without(tmp_path: Path) -> None:
     [
         {"average_tokens_across_devices": False},
         {"max_grad_norm": 0.1, "optim": "sgd"},
-        {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": False},
-        },
-        {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": True},
-        },
+        checkpointing(use_reentrant=False),
+        checkpointing(use_reentrant=True),
         {"gradient_accumulation_steps": 5, "num_train_epochs": 2, "max_steps": -1},
         {
             "gradient_accumulation_steps": 1,

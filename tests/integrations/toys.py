@@ -55,6 +55,13 @@ def examples(count: int = 24, seed: int = 1) -> list[dict[str, torch.Tensor]]:
     return rows
 
 
+def checkpointing(*, use_reentrant: bool) -> dict[str, Any]:
+    """TrainingArguments that recompute activations; transformers 5.17 has the older names only."""
+    newer = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if newer else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": use_reentrant}}
+
+
 def arguments(directory: str | Path, config: Any, **options: Any) -> Any:
     """TrainingArguments of hf_speed: 2 sequences a rank, 2 micro-steps, 4 steps, no files."""
     defaults: dict[str, Any] = {

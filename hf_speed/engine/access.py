@@ -142,13 +142,7 @@ class Access:
             raise EngineError(
                 f"{name} has shape {slot.shape}, but the new value has {tuple(value.shape)}."
             )
-        flat = value.detach().reshape(-1)
-        for piece in group.slot_pieces:
-            if group.layout.slots[piece.index] is slot:
-                target = group.master[piece.part_start : piece.part_start + piece.numel]
-                target.copy_(flat[piece.start : piece.start + piece.numel])
-        if group.full is not None:
-            group.slot_view(group.full, slot).copy_(value)
+        group.store(slot, value)
 
     def gradient(self, name: str) -> Tensor | None:
         """A copy of one whole gradient as the optimizer will see it; None if no rank has one."""

@@ -306,20 +306,13 @@ class Engine:
                 for slot in group.layout.slots:
                     value = read(slot.name, 0, slot.numel)
                     if value is not None:
-                        group.full[slot.start : slot.start + slot.numel].copy_(value)
-                        self._load_master(group, slot.name, value)
+                        group.store(slot, value)
                 continue
             for piece in group.slot_pieces:
                 value = read(group.layout.slots[piece.index].name, piece.start, piece.numel)
                 if value is not None:
-                    group.master[piece.part_start : piece.part_start + piece.numel].copy_(value)
+                    group.master_values(piece).copy_(value)
         self._parts.gatherer.invalidate()
-
-    def _load_master(self, group: Any, name: str, value: Tensor) -> None:
-        for piece in group.slot_pieces:
-            if group.layout.slots[piece.index].name == name:
-                part = value[piece.start : piece.start + piece.numel]
-                group.master[piece.part_start : piece.part_start + piece.numel].copy_(part)
 
     def load_full_parameters(self, source: Callable[[str], Tensor | None]) -> None:
         """Fill parameters from whole tensors; `source` returns None to keep one. No collective."""

@@ -35,11 +35,11 @@ class Collection:
         self.local: Tensor | None = None
         self.holds = False
         self.launched = False
-        self.num_ranks = group.axes.reduce.size * group.axes.replica.size
+        num_ranks = group.axes.reduce.size * group.axes.replica.size
         # Scaling to the mean is free while copying to an fp32 wire; 16-bit ones would lose bits.
         scaled_early = group.dtypes.wire == torch.float32
-        self.early_scale = 1.0 / self.num_ranks if scaled_early else 1.0
-        self.late_scale = 1.0 if scaled_early else 1.0 / self.num_ranks
+        self.early_scale = 1.0 / num_ranks if scaled_early else 1.0
+        self.late_scale = 1.0 if scaled_early else 1.0 / num_ranks
         self.ranks = summing_ranks(group)
         summed = group.layout._replace(parts=self.ranks.size)
         self._own = summed.interval(self.ranks.rank)
@@ -71,6 +71,10 @@ class Collection:
             if start < stop:
                 part = flat[start - slot.start : stop - slot.start]
                 self._scale_into(self._buffer()[start:stop], part)
+
+    def own_slice(self, buffer: Tensor) -> Tensor:
+        """The slice of a buffer of `send`'s size that this rank sums."""
+        return buffer[self._own[0] : self._own[1]]
 
     def settle_kept(self) -> None:
         """Write the kept parts into the send buffer after all: something is to be added to them."""

@@ -127,11 +127,6 @@ class FlatGroup:
         """This rank's part of a full flat buffer."""
         return full[self.interval[0] : self.interval[1]]
 
-    def replica_slice(self, full: Tensor) -> Tensor:
-        """The slice of a full flat buffer that this replica sums where nothing is divided."""
-        numel = full.numel() // self.axes.replica.size
-        return full[self.axes.replica.rank * numel : (self.axes.replica.rank + 1) * numel]
-
     def slot_view(self, full: Tensor, slot: Slot) -> Tensor:
         """One parameter's values in a full flat buffer, in its true shape."""
         return full[slot.start : slot.start + slot.numel].view(slot.shape)
@@ -156,8 +151,20 @@ class FlatGroup:
             parameter = self.entries[piece.index].parameter
             if not parameter.is_meta:
                 flat = parameter.detach().reshape(-1)
-                target = self.master[piece.part_start : piece.part_start + piece.numel]
-                target.copy_(flat[piece.start : piece.start + piece.numel])
+                self.master_values(piece).copy_(flat[piece.start : piece.start + piece.numel])
+
+    def master_values(self, piece: SlotPiece) -> Tensor:
+        """What the master holds of one parameter: (piece.numel,)."""
+        return self.master[piece.part_start : piece.part_start + piece.numel]
+
+    def store(self, slot: Slot, values: Tensor) -> None:
+        """Overwrite one whole parameter: this rank's part of it, and its working values if here."""
+        flat = values.detach().reshape(-1)
+        if self.full is not None:
+            self.full[slot.start : slot.start + slot.numel].copy_(flat)
+        for piece in self.slot_pieces:
+            if self.layout.slots[piece.index] is slot:
+                self.master_values(piece).copy_(flat[piece.start : piece.start + piece.numel])
 
     def _repoint(self) -> None:
         for index, slot in enumerate(self.layout.slots):
@@ -181,7 +188,7 @@ class FlatGroup:
             return tuple(entry.parameter for entry in self.entries)
         pieces = []
         for piece in self.slot_pieces:
-            values = self.master[piece.part_start : piece.part_start + piece.numel]
+            values = self.master_values(piece)
             if self.axes.gather.size == 1:
                 values = values.view(self.layout.slots[piece.index].shape)
             pieces.append(nn.Parameter(values))
@@ -223,7 +230,7 @@ class FlatGroup:
 
     def check_in_place(self) -> None:
         """Raise if someone moved, resized or replaced a parameter behind the engine's back."""
-        for index, (slot, entry) in enumerate(zip(self.layout.slots, self.entries, strict=True)):
+        for slot, entry in zip(self.layout.slots, self.entries, strict=True):
             parameter = entry.parameter
             replaced = any(
                 each.module._parameters.get(each.key) is not parameter for each in entry.places
@@ -235,7 +242,7 @@ class FlatGroup:
                 if parameter.shape != slot.shape or parameter.data_ptr() != expected.data_ptr():
                     raise EngineError(_moved(entry.name, "was moved or resized"))
             elif not isinstance(parameter, ShardedParameter) or parameter.shape != slot.shape:
-                raise EngineError(_moved(self.entries[index].name, "was moved or resized"))
+                raise EngineError(_moved(entry.name, "was moved or resized"))
             if parameter.requires_grad != self.trainable:
                 now = parameter.requires_grad
                 raise EngineError(_moved(entry.name, f"had requires_grad set to {now}"))

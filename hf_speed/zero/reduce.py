@@ -297,7 +297,7 @@ class Reducer:
         if group.axes.reduce.is_identity:
             # Stage 0: each replica sums a slice; the slices come together where the shares arrived,
             # in the slice that is this rank's own and that nobody has written.
-            mine = group.replica_slice(reduction.receive)
+            mine = reduction.collection.own_slice(reduction.receive)
             reduction.sum_shares(out=mine, accumulate=False, scale=1.0)
             reduction.summed = all_gather_flat(
                 reduction.receive, group=group.axes.replica, journal=self._journal

@@ -1,0 +1,1 @@
+"""Kernels and native code: each operation's schema, its plain-torch oracle and its backends."""

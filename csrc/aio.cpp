@@ -2,17 +2,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/io_uring.h>
 #include <linux/stat.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -27,253 +23,12 @@
 #include <thread>
 #include <vector>
 
-// The headers may be older than the kernel that runs this.
-#ifndef IORING_SETUP_SINGLE_ISSUER
-#define IORING_SETUP_SINGLE_ISSUER (1U << 12)
-#endif
-#ifndef IORING_SETUP_DEFER_TASKRUN
-#define IORING_SETUP_DEFER_TASKRUN (1U << 13)
-#endif
+#include "aio_piece.h"
+#include "aio_ring.h"
 
-namespace {
+namespace hfs_aio {
 
-constexpr int64_t kPage = 4096;
-
-int64_t round_up(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
-
-struct File {
-  std::vector<int> fds;
-  int64_t stripe_bytes = 0;
-  int64_t memory_align = 1;
-  ~File() {
-    for (int fd : fds) close(fd);
-  }
-};
-
-class Queue;
-
-// One read or write. `cut`, `in_flight` and `fault` are guarded by the queue's mutex until `done`.
-struct Ticket {
-  std::shared_ptr<Queue> queue;
-  std::shared_ptr<File> file;
-  bool is_write = false;
-  char* memory = nullptr;
-  int64_t nbytes = 0;
-  int64_t offset = 0;
-  int64_t cut = 0;  // bytes handed out in pieces
-  int in_flight = 0;
-  HfsAioFault fault{};
-  std::atomic<bool> done{false};
-};
-
-// One block of a ticket on its way, in one of the queue's `depth` slots.
-struct Piece {
-  std::shared_ptr<Ticket> ticket;
-  char* bounce = nullptr;  // the slot's own aligned block
-  char* memory = nullptr;  // the caller's
-  char* buffer = nullptr;  // one of the two: what the kernel sees
-  int64_t useful = 0;      // bytes of the caller's
-  int64_t length = 0;      // bytes of I/O: `useful`, padded to a page in the bounce block
-  int64_t moved = 0;
-  int64_t position = 0;  // in the descriptor
-  int part = 0;
-
-  int fd() const { return ticket->file->fds[static_cast<size_t>(part)]; }
-};
-
-// Cuts the next piece off `ticket`: never across a stripe, a partial page only alone in a bounce.
-void cut_piece(Ticket* ticket, int64_t block_bytes, Piece* piece) {
-  const File& file = *ticket->file;
-  const int64_t offset = ticket->offset + ticket->cut;
-  const int64_t stripe = offset / file.stripe_bytes;
-  const int64_t inside = offset % file.stripe_bytes;
-  const int64_t parts = static_cast<int64_t>(file.fds.size());
-  const int64_t left = ticket->nbytes - ticket->cut;
-  int64_t useful = std::min({block_bytes, file.stripe_bytes - inside, left});
-  piece->memory = ticket->memory + ticket->cut;
-  const bool aligned = reinterpret_cast<uintptr_t>(piece->memory) %
-                           static_cast<uintptr_t>(file.memory_align) == 0;
-  if (aligned && useful >= kPage) useful -= useful % kPage;
-  piece->buffer = aligned && useful % kPage == 0 ? piece->memory : piece->bounce;
-  piece->useful = useful;
-  piece->length = round_up(useful);
-  piece->moved = 0;
-  piece->part = static_cast<int>(stripe % parts);
-  piece->position = stripe / parts * file.stripe_bytes + inside;
-  ticket->cut += useful;
-  ticket->in_flight += 1;
-}
-
-void fill_bounce(Piece* piece) {
-  if (piece->buffer == piece->memory || !piece->ticket->is_write) return;
-  const size_t useful = static_cast<size_t>(piece->useful);
-  memcpy(piece->bounce, piece->memory, useful);
-  memset(piece->bounce + useful, 0, static_cast<size_t>(piece->length) - useful);
-}
-
-void empty_bounce(const Piece& piece) {
-  if (piece.buffer == piece.memory || piece.ticket->is_write) return;
-  memcpy(piece.memory, piece.bounce, static_cast<size_t>(piece.useful));
-}
-
-// Books what the kernel returned (bytes or -errno). Says whether the piece needs another call;
-// where not, `error` is 0 or the errno.
-bool needs_more(Piece* piece, int64_t result, int* error) {
-  *error = 0;
-  if (result == -EINTR || result == -EAGAIN) return true;
-  if (result < 0) {
-    *error = static_cast<int>(-result);
-    return false;
-  }
-  if (piece->moved + result == piece->length) {
-    piece->moved = piece->length;
-    return false;
-  }
-  // O_DIRECT goes on from a page only. Where that is no progress, the file has ended.
-  const int64_t usable = piece->ticket->file->memory_align > 1 ? result - result % kPage : result;
-  if (usable == 0) {
-    piece->moved += result;
-    *error = EIO;
-    return false;
-  }
-  piece->moved += usable;
-  return true;
-}
-
-class Ring {
- public:
-  // Returns 0 or an errno.
-  int open(unsigned entries) {
-    io_uring_params params;
-    memset(&params, 0, sizeof params);
-    params.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN;
-    fd_ = setup(entries, &params);
-    if (fd_ < 0 && errno == EINVAL) {  // before Linux 6.1
-      memset(&params, 0, sizeof params);
-      fd_ = setup(entries, &params);
-    }
-    if (fd_ < 0) return errno;
-    if (!can_read_and_write() || !(params.features & IORING_FEAT_SINGLE_MMAP)) return EOPNOTSUPP;
-    return map(params);
-  }
-
-  ~Ring() {
-    if (sqes_ != nullptr) munmap(sqes_, sqes_bytes_);
-    if (rings_ != nullptr) munmap(rings_, rings_bytes_);
-    if (fd_ >= 0) close(fd_);
-  }
-
-  int fd() const { return fd_; }
-
-  // Puts one operation in line. There is always room: entries > operations in flight.
-  void push(uint8_t opcode, int fd, void* buffer, int64_t length, int64_t position,
-            uint64_t tag) {
-    const unsigned tail = *sq_tail_;
-    io_uring_sqe* sqe = &sqes_[tail & sq_mask_];
-    memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = opcode;
-    sqe->fd = fd;
-    sqe->addr = reinterpret_cast<uint64_t>(buffer);
-    sqe->len = static_cast<uint32_t>(length);
-    sqe->off = static_cast<uint64_t>(position);
-    sqe->user_data = tag;
-    sq_array_[tail & sq_mask_] = tail & sq_mask_;
-    __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
-    to_submit_ += 1;
-  }
-
-  // Hands over what is in line and waits until something has completed.
-  void enter() {
-    for (;;) {
-      const long count =
-          syscall(__NR_io_uring_enter, fd_, to_submit_, 1U, IORING_ENTER_GETEVENTS, nullptr, 0);
-      if (count >= 0) {
-        to_submit_ -= static_cast<unsigned>(count);
-        return;
-      }
-      if (errno == EINTR) continue;
-      if (errno != EAGAIN && errno != EBUSY && errno != ENOMEM) give_up(errno);
-      if (has_completion()) return;
-      const timespec pause = {0, 1000000};
-      nanosleep(&pause, nullptr);
-    }
-  }
-
-  bool has_completion() const { return *cq_head_ != __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE); }
-
-  bool pop(uint64_t* tag, int64_t* result) {
-    if (!has_completion()) return false;
-    const io_uring_cqe& cqe = cqes_[*cq_head_ & cq_mask_];
-    *tag = cqe.user_data;
-    *result = cqe.res;
-    __atomic_store_n(cq_head_, *cq_head_ + 1, __ATOMIC_RELEASE);
-    return true;
-  }
-
- private:
-  static int setup(unsigned entries, io_uring_params* params) {
-    return static_cast<int>(syscall(__NR_io_uring_setup, entries, params));
-  }
-
-  // The kernel may still be writing into memory of the caller's: going on could corrupt it.
-  [[noreturn]] static void give_up(int error) {
-    fprintf(stderr, "hf_speed: io_uring_enter failed with I/O in flight: %s\n", strerror(error));
-    abort();
-  }
-
-  bool can_read_and_write() const {
-    constexpr size_t kOps = 64;
-    alignas(io_uring_probe) char memory[sizeof(io_uring_probe) + kOps * sizeof(io_uring_probe_op)];
-    memset(memory, 0, sizeof memory);
-    auto* probe = reinterpret_cast<io_uring_probe*>(memory);
-    if (syscall(__NR_io_uring_register, fd_, IORING_REGISTER_PROBE, probe, kOps) < 0) return false;
-    return probe->last_op >= IORING_OP_WRITE &&
-           (probe->ops[IORING_OP_READ].flags & IO_URING_OP_SUPPORTED) &&
-           (probe->ops[IORING_OP_WRITE].flags & IO_URING_OP_SUPPORTED);
-  }
-
-  int map(const io_uring_params& params) {
-    rings_bytes_ = std::max<size_t>(params.sq_off.array + params.sq_entries * sizeof(unsigned),
-                                    params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe));
-    sqes_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
-    char* rings = static_cast<char*>(map_ring(rings_bytes_, IORING_OFF_SQ_RING));
-    if (rings == nullptr) return ENOMEM;
-    rings_ = rings;
-    sqes_ = static_cast<io_uring_sqe*>(map_ring(sqes_bytes_, IORING_OFF_SQES));
-    if (sqes_ == nullptr) return ENOMEM;
-    const auto word = [&](uint32_t offset) { return reinterpret_cast<unsigned*>(rings + offset); };
-    sq_tail_ = word(params.sq_off.tail);
-    sq_mask_ = *word(params.sq_off.ring_mask);
-    sq_array_ = word(params.sq_off.array);
-    cq_head_ = word(params.cq_off.head);
-    cq_tail_ = word(params.cq_off.tail);
-    cq_mask_ = *word(params.cq_off.ring_mask);
-    cqes_ = reinterpret_cast<io_uring_cqe*>(rings + params.cq_off.cqes);
-    return 0;
-  }
-
-  void* map_ring(size_t bytes, off_t offset) const {
-    void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_,
-                       offset);
-    if (found == MAP_FAILED) return nullptr;
-    madvise(found, bytes, MADV_DONTFORK);
-    return found;
-  }
-
-  int fd_ = -1;
-  void* rings_ = nullptr;
-  size_t rings_bytes_ = 0;
-  io_uring_sqe* sqes_ = nullptr;
-  size_t sqes_bytes_ = 0;
-  unsigned* sq_tail_ = nullptr;
-  unsigned* sq_array_ = nullptr;
-  unsigned sq_mask_ = 0;
-  unsigned* cq_head_ = nullptr;
-  unsigned* cq_tail_ = nullptr;
-  unsigned cq_mask_ = 0;
-  io_uring_cqe* cqes_ = nullptr;
-  unsigned to_submit_ = 0;
-};
+constexpr size_t kHugePage = size_t{2} << 20;
 
 class Queue {
  public:
@@ -331,18 +86,24 @@ class Queue {
  private:
   static constexpr uint64_t kBell = ~uint64_t{0};
 
-  size_t bounce_bytes() const { return slots_.size() * static_cast<size_t>(block_bytes_); }
+  // Room to start on a huge page. What no unaligned request ever touches takes no memory.
+  size_t bounce_bytes() const {
+    return slots_.size() * static_cast<size_t>(block_bytes_) + kHugePage;
+  }
 
-  // Pages that no unaligned request ever touches are never backed by memory.
   int map_bounce() {
     if (bounce_ != nullptr) return 0;
     void* found = mmap(nullptr, bounce_bytes(), PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (found == MAP_FAILED) return errno;
-    madvise(found, bounce_bytes(), MADV_DONTFORK);
     bounce_ = static_cast<char*>(found);
+    madvise(found, bounce_bytes(), MADV_DONTFORK);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(found);
+    const size_t skip = (kHugePage - start % kHugePage) % kHugePage;
+    const size_t huge = (bounce_bytes() - kHugePage) / kHugePage * kHugePage;
+    if (huge > 0) madvise(bounce_ + skip, huge, MADV_HUGEPAGE);
     for (size_t i = 0; i < slots_.size(); ++i) {
-      slots_[i].bounce = bounce_ + i * static_cast<size_t>(block_bytes_);
+      slots_[i].bounce = bounce_ + skip + i * static_cast<size_t>(block_bytes_);
     }
     return 0;
   }
@@ -395,9 +156,9 @@ class Queue {
       for (Piece& slot : slots_) {
         spawn([this, &slot] { serve_slot(&slot); });
       }
-    } catch (const std::system_error& failure) {
+    } catch (...) {
       stop();
-      return failure.code().value();
+      throw;
     }
     return 0;
   }
@@ -528,7 +289,12 @@ class Queue {
   bool stopping_ = false;
 };
 
-}  // namespace
+}  // namespace hfs_aio
+
+using hfs_aio::File;
+using hfs_aio::Queue;
+using hfs_aio::Ticket;
+using hfs_aio::kPage;
 
 struct HfsAioQueue {
   std::shared_ptr<Queue> held;

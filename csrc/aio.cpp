@@ -187,6 +187,7 @@ class Queue {
   void settle(Piece* slot, int error) {
     if (error == 0) empty_bounce(*slot);
     const std::shared_ptr<Ticket> ticket = std::move(slot->ticket);
+    std::shared_ptr<File> file;  // the last one closes the descriptors, after the lock is let go
     std::lock_guard<std::mutex> lock(mutex_);
     ticket->in_flight -= 1;
     if (error != 0 && ticket->fault.error == 0) {
@@ -194,6 +195,7 @@ class Queue {
       ticket->cut = ticket->nbytes;  // nothing more of it is started
     }
     if (ticket->in_flight == 0 && ticket->cut == ticket->nbytes) {
+      file = std::move(ticket->file);
       ticket->done.store(true);
       finished_.notify_all();
     }
@@ -381,7 +383,7 @@ HfsAioTicket* hfs_aio_submit(HfsAioQueue* queue, HfsAioFile* file, int32_t is_wr
     auto made = std::make_unique<HfsAioTicket>();
     auto ticket = std::make_shared<Ticket>();
     ticket->queue = queue->held;
-    ticket->file = file->held;
+    if (nbytes > 0) ticket->file = file->held;
     ticket->is_write = is_write != 0;
     ticket->memory = static_cast<char*>(memory);
     ticket->nbytes = nbytes;

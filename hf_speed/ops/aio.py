@@ -184,12 +184,14 @@ class AioFile:
         if nbytes < self.nbytes:
             raise ValueError(f"cannot shrink {self.paths[0]} from {self.nbytes} to {nbytes} bytes.")
         parts = _part_bytes(nbytes, len(self._fds), self._stripe_bytes)
-        for path, fd, size in zip(self.paths, self._fds, parts, strict=True):
-            if size <= os.fstat(fd).st_size:
-                continue
+        before = [os.fstat(fd).st_size for fd in self._fds]
+        for path, fd, old, size in zip(self.paths, self._fds, before, parts, strict=True):
             try:
-                os.posix_fallocate(fd, 0, size)
+                if size > old:
+                    os.posix_fallocate(fd, old, size - old)
             except OSError as error:
+                for each, held in zip(self._fds, before, strict=True):
+                    os.ftruncate(each, held)
                 raise OSError(
                     error.errno, f"cannot reserve {size} bytes: {error.strerror}", str(path)
                 ) from error

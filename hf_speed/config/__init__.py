@@ -5,14 +5,17 @@ ResolvedConfig
 """
 
 from hf_speed.config.load import known_paths, load_config
+from hf_speed.config.offload import ResolvedOffload
 from hf_speed.config.resolve import ResolvedConfig, resolve
 from hf_speed.config.tree import (
     CheckpointConfig,
     DebugConfig,
     LossScaleConfig,
     MeshConfig,
+    OffloadConfig,
     PrecisionConfig,
     SpeedConfig,
+    Tier,
     ZeroConfig,
 )
 
@@ -21,9 +24,12 @@ __all__ = [
     "DebugConfig",
     "LossScaleConfig",
     "MeshConfig",
+    "OffloadConfig",
     "PrecisionConfig",
     "ResolvedConfig",
+    "ResolvedOffload",
     "SpeedConfig",
+    "Tier",
     "ZeroConfig",
     "known_paths",
     "load_config",

@@ -53,6 +53,21 @@ def names(path: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def directories(path: str, value: object) -> tuple[str, ...]:
+    """`value` as a tuple; raise unless it is a list of directories, each once."""
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(name, str) and name for name in value
+    ):
+        raise ConfigError(_wrong_type(path, value, "a list of directories"))
+    repeated = sorted({name for name in value if value.count(name) > 1})
+    if repeated:
+        raise ConfigError(
+            f"{path} names {', '.join(repeated)} more than once. Name each directory once, on a "
+            "disk of its own."
+        )
+    return tuple(value)
+
+
 def section(path: str, value: object, kind: type) -> None:
     """Raise unless `value` is an instance of config class `kind`."""
     if not isinstance(value, kind):

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from hf_speed.config.offload import ResolvedOffload, resolve_offload
 from hf_speed.config.tree import GIB, LossScaleConfig, SpeedConfig, ZeroConfig
 from hf_speed.errors import ConfigError
 
@@ -50,6 +51,8 @@ class ResolvedConfig:
     """Dtype in which gradients add up; None: the gradient's own."""
     loss_scale: LossScaleConfig | None
     """Dynamic loss scaling; None unless fp16 computes."""
+    offload: ResolvedOffload
+    """Which tier holds what."""
     max_shard_bytes: int
     """Largest file of the model, in bytes."""
     journal: bool
@@ -97,6 +100,7 @@ class ResolvedConfig:
                 f"{scale.initial:g}, dynamic" if scale else "none",
                 "fp16 only",
             ),
+            *self.offload.rows(),
         ]
         if self.stage == 3:
             rows[4:4] = [
@@ -130,6 +134,7 @@ def resolve(
     compute_dtype: torch.dtype | None = None,
     state_bytes: Sequence[int] | None = None,
     memory_bytes: int | None = None,
+    device_type: str = "cpu",
 ) -> ResolvedConfig:
     """Make every choice that `config` leaves open.
 
@@ -141,10 +146,11 @@ def resolve(
         state_bytes: bytes of model state per rank at stages 0, 1, 2, 3 (`engine.estimate`); needed
             where zero.stage is left open.
         memory_bytes: memory of one rank's device in bytes; needed where zero.stage is left open.
+        device_type: where the model computes, "cpu" or "cuda".
 
     Raises:
-        ConfigError: the axes do not multiply to the world; a value cannot take effect at this stage
-            or dtype.
+        ConfigError: the axes do not multiply to the world; a value cannot take effect at this
+            stage, dtype, tier or device.
     """
     dp_replicate, dp_shard = check_world(config, world_size)
     stage, reason = _stage(config.zero, state_bytes=state_bytes, memory_bytes=memory_bytes)
@@ -171,6 +177,7 @@ def resolve(
         reduce_dtype=_dtype(precision.reduce_dtype) if precision.reduce_dtype else compute_dtype,
         accumulate_dtype=torch.float32 if precision.accumulate_dtype == "float32" else None,
         loss_scale=precision.loss_scale if working is torch.float16 else None,
+        offload=resolve_offload(config.offload, device_type=device_type),
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         journal=config.debug.journal,
         timeout_s=config.debug.timeout_s,

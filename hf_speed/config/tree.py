@@ -17,6 +17,12 @@ GIB = 1 << 30
 AUTO = "auto"
 """In a file, what leaves the choice to hf_speed; the same as leaving the key out."""
 
+Tier = Literal["device", "host", "disk"]
+"""Where bytes live: where the model computes, in the memory of the CPU, in files."""
+
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+"""Fastest first."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
@@ -116,6 +122,60 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OffloadConfig:
+    """Which tier holds what, at every stage (arXiv:2101.06840, arXiv:2104.07857)."""
+
+    optimizer: Tier | None = None
+    """Tier of the optimizer's moments and of the masters: device, host or disk. AUTO: the device
+    while everything fits there."""
+    gradients: Tier | None = None
+    """Tier of the gradients that wait for the step. AUTO: the device while everything fits."""
+    parameters: Tier | None = None
+    """Tier of the parameters while they do not compute. AUTO: the device while everything fits."""
+    activations: Tier | None = None
+    """Tier of what the forward saves for the backward. AUTO: the device."""
+    paths: tuple[str, ...] = ()
+    """Directories for the disk tier, a list; bytes are striped over them. Each process makes and
+    removes a directory of its own in each."""
+    staging_bytes: int = 256 * MIB
+    """Host memory in bytes through which a rank moves chunks, 16 MiB to 16 GiB. It never grows."""
+    host_bytes: int | None = None
+    """Host memory per rank in bytes that the plan may fill, 1 MiB to 64 TiB. AUTO: this rank's
+    share of what is free."""
+    update: Literal["torch", "fused"] | None = None
+    """What updates: your optimizer chunk by chunk, or one pass of hf_speed's kernel. AUTO: 'fused'
+    where the optimizer's state is not on the device and a kernel for it exists."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Dtype in which the kernel keeps the moments ('fused' only): 8, 4 or about 2 bytes a parameter
+    with Adam."""
+    step: Literal["after", "speculative", "delayed"] = "after"
+    """When a host or disk optimizer updates: in `optimizer.step()`; during the backward, rolled
+    back if clipping says so; or one step late, which changes the trajectory."""
+    cpu_share: float = 1.0
+    """Share of each update that the CPU does where a GPU computes, 0 to 1; the GPU does the rest
+    ('fused' only). The result is the same."""
+    activation_min_bytes: int = MIB
+    """Smallest saved activation in bytes that leaves the device, 1 KiB to 1 TiB."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for kind in ("optimizer", "gradients", "parameters", "activations"):
+            tier = getattr(self, kind)
+            if tier is not None:
+                check.one_of(f"offload.{kind}", tier, TIERS)
+        object.__setattr__(self, "paths", check.directories("offload.paths", self.paths))
+        check.integer("offload.staging_bytes", self.staging_bytes, 16 * MIB, 16 * GIB)
+        if self.host_bytes is not None:
+            check.integer("offload.host_bytes", self.host_bytes, MIB, 65536 * GIB)
+        if self.update is not None:
+            check.one_of("offload.update", self.update, ("torch", "fused"))
+        check.one_of("offload.moments", self.moments, ("float32", "bfloat16", "int8"))
+        check.one_of("offload.step", self.step, ("after", "speculative", "delayed"))
+        check.number("offload.cpu_share", self.cpu_share, 0.0, 1.0)
+        check.integer("offload.activation_min_bytes", self.activation_min_bytes, KIB, 1024 * GIB)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """How checkpoints are written."""
 
@@ -157,6 +217,8 @@ class SpeedConfig:
     """What is sharded."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Dtypes beside the one that computes."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """Which tier holds what."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How checkpoints are written."""
     debug: DebugConfig = field(default_factory=DebugConfig)
@@ -167,6 +229,7 @@ class SpeedConfig:
         check.section("mesh", self.mesh, MeshConfig)
         check.section("zero", self.zero, ZeroConfig)
         check.section("precision", self.precision, PrecisionConfig)
+        check.section("offload", self.offload, OffloadConfig)
         check.section("checkpoint", self.checkpoint, CheckpointConfig)
         check.section("debug", self.debug, DebugConfig)
 
@@ -175,4 +238,5 @@ class SpeedConfig:
         tree = asdict(self)
         if not isinstance(self.zero.units, str):
             tree["zero"]["units"] = list(self.zero.units)
+        tree["offload"]["paths"] = list(self.offload.paths)
         return tree

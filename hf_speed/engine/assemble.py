@@ -160,6 +160,7 @@ def plan(
         compute_dtype=compute_dtype,
         state_bytes=[each.total for each in estimate_states(sizes, num_shards=num_shards)],
         memory_bytes=device_memory_bytes(device),
+        device_type=device.type,
     )
 
 

@@ -35,6 +35,10 @@ CONFIG = """
           "generate": "gathered"},
  "precision": {"master_dtype": "float32", "reduce_dtype": null, "accumulate_dtype": "float32",
                "loss_scale": {"initial": 65536.0, "window": 1000, "hysteresis": 2, "floor": 1.0}},
+ "offload": {"optimizer": null, "gradients": null, "parameters": null, "activations": null,
+             "paths": [], "staging_bytes": 268435456, "host_bytes": null, "update": null,
+             "moments": "float32", "step": "after", "cpu_share": 1.0,
+             "activation_min_bytes": 1048576},
  "checkpoint": {"max_shard_bytes": 5368709120},
  "debug": {"journal": false, "timeout_s": 600.0, "stats": true}}
 """

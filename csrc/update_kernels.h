@@ -1,0 +1,315 @@
+// The loops of one instruction set: a file defines HFS_TARGET, a vector type and includes this.
+//
+//     tile -> spans -> elements: a scalar head up to a whole vector, vectors, a scalar tail
+//     8-bit moments: block -> decode into 2 KiB of stack -> the same loops -> encode
+//
+// Functions carry the target one by one, so that no file needs compiler flags of its own.
+#ifndef HF_SPEED_UPDATE_KERNELS_H_
+#define HF_SPEED_UPDATE_KERNELS_H_
+
+#include "update_isa.h"
+#include "update_rules.h"
+#include "vector_scalar.h"
+
+namespace {
+
+using hfs::Keys;
+
+// How far ahead of the loop memory is asked for, in elements.
+constexpr int64_t kAhead = HFS_PREFETCH;
+
+template <class V>
+HFS_INLINE typename V::F load_float(const void* values, int32_t type, int64_t i) {
+  if (type == HFS_FP32) return V::load(static_cast<const float*>(values) + i);
+  if (type == HFS_BF16) return V::load_bf16(static_cast<const uint16_t*>(values) + i);
+  return V::load_fp16(static_cast<const uint16_t*>(values) + i);
+}
+
+template <class V>
+HFS_INLINE void store_out(const HfsUpdate& u, int64_t i, typename V::F p) {
+  if (u.out_type == HFS_BF16) V::store_bf16(static_cast<uint16_t*>(u.out) + i, p);
+  if (u.out_type == HFS_FP16) V::store_fp16(static_cast<uint16_t*>(u.out) + i, p);
+}
+
+// The moments of a loop: of the chunk, from element 0, or of a decoded block, from its first.
+struct Moments {
+  void* first;
+  void* second;
+  int64_t start;
+};
+
+template <class V, int kMoment>
+HFS_INLINE typename V::F load_moment(const void* values, int64_t i) {
+  return load_float<V>(values, kMoment, i);
+}
+
+template <class V, int kMoment>
+HFS_INLINE void store_moment(void* values, int64_t i, typename V::F x, typename V::I random16) {
+  if (kMoment == HFS_BF16) {
+    V::store_bf16(static_cast<uint16_t*>(values) + i, x, random16);
+  } else {
+    V::store(static_cast<float*>(values) + i, x);
+  }
+}
+
+template <class V, int kMoment, template <class> class Rule>
+HFS_INLINE void update_vector(const HfsUpdate& u, Keys keys, const Moments& moments,
+                              const Rule<V>& rule, int64_t i) {
+  using F = typename V::F;
+  const int64_t k = i - moments.start;
+  F p = V::load(u.master + i);
+  const F g = load_float<V>(u.grad, u.grad_type, i);
+  F m = V::set(0.0f), v = V::set(0.0f);
+  if (Rule<V>::kMoments > 0) m = load_moment<V, kMoment>(moments.first, k);
+  if (Rule<V>::kMoments > 1) v = load_moment<V, kMoment>(moments.second, k);
+  rule.step(p, g, m, v);
+  V::store(u.master + i, p);
+  typename V::I random = {};
+  if (kMoment == HFS_BF16) {
+    // A whole vector starts at a multiple of its width, so the upper word is that of all lanes.
+    const uint64_t element = static_cast<uint64_t>(u.offset + i);
+    const uint32_t upper = static_cast<uint32_t>(element >> 32);
+    random = V::random(static_cast<uint32_t>(element), keys.first,
+                       keys.second + upper * 0x9E3779B9u);
+  }
+  if (Rule<V>::kMoments > 0) {
+    store_moment<V, kMoment>(moments.first, k, m, V::low_half(random));
+  }
+  if (Rule<V>::kMoments > 1) {
+    store_moment<V, kMoment>(moments.second, k, v, V::high_half(random));
+  }
+  store_out<V>(u, i, p);
+}
+
+template <int kMoment>
+HFS_INLINE void prefetch(const HfsUpdate& u, const Moments& moments, int num_moments, int64_t i) {
+  const int64_t grad_size = u.grad_type == HFS_FP32 ? 4 : 2;
+  __builtin_prefetch(u.master + i, 1);
+  __builtin_prefetch(static_cast<const char*>(u.grad) + i * grad_size, 0);
+  if (kMoment == HFS_NONE) return;
+  const int64_t at = (i - moments.start) * (kMoment == HFS_BF16 ? 2 : 4);
+  if (num_moments > 0) __builtin_prefetch(static_cast<char*>(moments.first) + at, 1);
+  if (num_moments > 1) __builtin_prefetch(static_cast<char*>(moments.second) + at, 1);
+}
+
+template <int kMoment, template <class> class Rule>
+HFS_TARGET void update_span(const HfsUpdate& u, Keys keys, const Moments& moments,
+                            const float* row, int64_t begin, int64_t end) {
+  constexpr int64_t kWidth = Vector::kWidth;
+  const Rule<Scalar> one = Rule<Scalar>::of(row);
+  const Rule<Vector> many = Rule<Vector>::of(row);
+  int64_t i = begin;
+  for (; i < end && i % kWidth != 0; ++i) update_vector<Scalar, kMoment, Rule>(u, keys, moments, one, i);
+  for (; i + kWidth <= end; i += kWidth) {
+    if (kAhead > 0) prefetch<kMoment>(u, moments, Rule<Vector>::kMoments, i + kAhead);
+    update_vector<Vector, kMoment, Rule>(u, keys, moments, many, i);
+  }
+  for (; i < end; ++i) update_vector<Scalar, kMoment, Rule>(u, keys, moments, one, i);
+}
+
+template <template <class> class Rule>
+HFS_TARGET void update_rule(const HfsUpdate& u, Keys keys, const Moments& moments, int32_t type,
+                            const float* row, int64_t begin, int64_t end) {
+  if (Rule<Scalar>::kMoments > 0 && type == HFS_BF16) {
+    update_span<HFS_BF16, Rule>(u, keys, moments, row, begin, end);
+  } else {
+    update_span<HFS_FP32, Rule>(u, keys, moments, row, begin, end);
+  }
+}
+
+// Elements of an untouched span keep everything; their `out` is written like any other.
+HFS_TARGET void write_out(const HfsUpdate& u, int64_t begin, int64_t end) {
+  if (u.out_type == HFS_NONE) return;
+  int64_t i = begin;
+  for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
+    store_out<Vector>(u, i, Vector::load(u.master + i));
+  }
+  for (; i < end; ++i) store_out<Scalar>(u, i, Scalar::load(u.master + i));
+}
+
+HFS_TARGET void update_part(const HfsUpdate& u, Keys keys, const Moments& moments, int32_t type,
+                            const float* row, int64_t begin, int64_t end) {
+  if (row[0] == 0.0f) return write_out(u, begin, end);
+  switch (u.rule) {
+    case HFS_ADAM:
+      return update_rule<Adam>(u, keys, moments, type, row, begin, end);
+    case HFS_LION:
+      return update_rule<Lion>(u, keys, moments, type, row, begin, end);
+    case HFS_ADAGRAD:
+      return update_rule<Adagrad>(u, keys, moments, type, row, begin, end);
+    case HFS_SGD:
+      return update_rule<Sgd>(u, keys, moments, type, row, begin, end);
+    default:
+      return update_rule<SgdPlain>(u, keys, moments, type, row, begin, end);
+  }
+}
+
+// The first span that ends after `element`.
+HFS_INLINE int32_t span_of(const HfsUpdate& u, int64_t element) {
+  int32_t low = 0, high = u.num_spans - 1;
+  while (low < high) {
+    const int32_t middle = (low + high) / 2;
+    if (u.stops[middle] > element) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+HFS_TARGET void update_spans(const HfsUpdate& u, Keys keys, const Moments& moments, int32_t type,
+                             int64_t begin, int64_t end) {
+  int32_t span = span_of(u, begin);
+  for (int64_t i = begin; i < end; ++span) {
+    const int64_t stop = u.stops[span] < end ? u.stops[span] : end;
+    update_part(u, keys, moments, type, u.rows + int64_t{span} * HFS_ROW, i, stop);
+    i = stop;
+  }
+}
+
+template <class V, bool kSigned>
+HFS_TARGET void decode(const uint8_t* codes, float scale, float* values) {
+  for (int64_t i = 0; i < HFS_BLOCK; i += V::kWidth) {
+    const typename V::F x = kSigned ? V::load_signed(codes + i) : V::load_unsigned(codes + i);
+    V::store(values + i, V::mul(x, V::set(scale)));
+  }
+}
+
+template <class V, bool kSigned>
+HFS_TARGET float encode(const float* values, uint8_t* codes) {
+  const float scale = V::largest(values, HFS_BLOCK);
+  const typename V::F divisor = V::set(scale > 0.0f ? scale : 1.0f);
+  for (int64_t i = 0; i < HFS_BLOCK; i += V::kWidth) {
+    if (kSigned) {
+      V::store_signed(codes + i, V::load(values + i), divisor);
+    } else {
+      V::store_unsigned(codes + i, V::load(values + i), divisor);
+    }
+  }
+  return scale;
+}
+
+// One 8-bit moment of one block, decoded. The codes past the chunk's end are zeros.
+struct Block {
+  alignas(64) float values[HFS_BLOCK];
+  alignas(64) uint8_t codes[HFS_BLOCK];
+};
+
+HFS_TARGET void open_block(Block& block, const void* codes, const float* scales, bool is_signed,
+                           int64_t begin, int64_t numel) {
+  memset(block.codes + numel, 0, HFS_BLOCK - numel);
+  memcpy(block.codes, static_cast<const uint8_t*>(codes) + begin, numel);
+  const float scale = scales[begin / HFS_BLOCK];
+  if (is_signed) {
+    decode<Vector, true>(block.codes, scale, block.values);
+  } else {
+    decode<Vector, false>(block.codes, scale, block.values);
+  }
+  // Where the scale is no number, what lies past the end must not be one either way.
+  memset(block.values + numel, 0, (HFS_BLOCK - numel) * sizeof(float));
+}
+
+HFS_TARGET void close_block(Block& block, void* codes, float* scales, bool is_signed,
+                            int64_t begin, int64_t numel) {
+  scales[begin / HFS_BLOCK] = is_signed ? encode<Vector, true>(block.values, block.codes)
+                                        : encode<Vector, false>(block.values, block.codes);
+  memcpy(static_cast<uint8_t*>(codes) + begin, block.codes, numel);
+}
+
+HFS_INLINE bool is_touched(const HfsUpdate& u, int64_t begin, int64_t end) {
+  for (int32_t span = span_of(u, begin);; ++span) {
+    if (u.rows[int64_t{span} * HFS_ROW] != 0.0f) return true;
+    if (u.stops[span] >= end) return false;
+  }
+}
+
+HFS_TARGET void update_blocks(const HfsUpdate& u, Keys keys, int64_t begin, int64_t end) {
+  const bool is_signed = first_is_signed(u.rule);
+  Block first, second;
+  const Moments moments_at = {first.values, second.values, 0};
+  for (int64_t i = begin; i < end; i += HFS_BLOCK) {
+    const int64_t numel = end - i < HFS_BLOCK ? end - i : HFS_BLOCK;
+    if (!is_touched(u, i, i + numel)) {
+      write_out(u, i, i + numel);
+      continue;
+    }
+    Moments moments = moments_at;
+    moments.start = i;
+    open_block(first, u.first, u.first_scale, is_signed, i, numel);
+    if (u.second != nullptr) open_block(second, u.second, u.second_scale, false, i, numel);
+    update_spans(u, keys, moments, HFS_FP32, i, i + numel);
+    close_block(first, u.first, u.first_scale, is_signed, i, numel);
+    if (u.second != nullptr) close_block(second, u.second, u.second_scale, false, i, numel);
+  }
+}
+
+HFS_TARGET void update(const HfsUpdate& u, Keys keys, int64_t begin, int64_t end) {
+  if (u.moment_type == HFS_INT8) {
+    update_blocks(u, keys, begin, end);
+  } else {
+    update_spans(u, keys, {u.first, u.second, 0}, u.moment_type, begin, end);
+  }
+}
+
+constexpr int64_t kLanes = 32;
+
+// `row` values of a tile, squared and added lane by lane, then the lanes by halves. The square of
+// an fp32 number is exact in fp64.
+template <class V>
+HFS_TARGET double square_tile(const void* values, int32_t type, int64_t numel) {
+  double lanes[kLanes] = {};
+  float x[kLanes];
+  for (int64_t i = 0; i < numel; i += kLanes) {
+    if (i + kLanes <= numel) {
+      for (int64_t k = 0; k < kLanes; k += V::kWidth) {
+        V::store(x + k, load_float<V>(values, type, i + k));
+      }
+    } else {
+      for (int64_t k = 0; k < kLanes; ++k) {
+        x[k] = i + k < numel ? load_float<Scalar>(values, type, i + k) : 0.0f;
+      }
+    }
+    for (int64_t k = 0; k < kLanes; ++k) {
+      lanes[k] += static_cast<double>(x[k]) * static_cast<double>(x[k]);
+    }
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
+}
+
+HFS_TARGET double square_sum(const void* values, int32_t type, int64_t numel) {
+  return square_tile<Vector>(values, type, numel);
+}
+
+template <class V>
+HFS_INLINE typename V::F direction(const HfsUpdate& u, const Adam<V>& rule, int64_t i) {
+  const typename V::F p = V::load(u.master + i);
+  const typename V::F g = V::mul(load_float<V>(u.grad, u.grad_type, i), rule.scale);
+  typename V::F m = load_float<V>(u.first, u.moment_type, i);
+  typename V::F v = load_float<V>(u.second, u.moment_type, i);
+  rule.average(g, m, v);
+  return V::add(rule.direction(m, v), V::mul(rule.l2, p));
+}
+
+HFS_TARGET void norms(const HfsUpdate& u, const float* row, int64_t begin, int64_t end,
+                      double sums[2]) {
+  alignas(64) float masters[HFS_TILE] = {}, directions[HFS_TILE] = {};
+  const Adam<Scalar> one = Adam<Scalar>::of(row);
+  const Adam<Vector> many = Adam<Vector>::of(row);
+  const int64_t start = begin / HFS_TILE * HFS_TILE;
+  memcpy(masters + (begin - start), u.master + begin, (end - begin) * sizeof(float));
+  int64_t i = begin;
+  for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
+    Vector::store(directions + (i - start), direction<Vector>(u, many, i));
+  }
+  for (; i < end; ++i) directions[i - start] = direction<Scalar>(u, one, i);
+  sums[0] = square_sum(masters, HFS_FP32, end - start);
+  sums[1] = square_sum(directions, HFS_FP32, end - start);
+}
+
+}  // namespace
+
+#endif  // HF_SPEED_UPDATE_KERNELS_H_

@@ -9,14 +9,12 @@ import triton.language as tl
 
 
 @triton.jit
-def adam(p: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor, row: tl.tensor) -> tl.tensor:
+def adam(
+    p: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor, row: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Columns 2 ... 10 of an AdamRow at `row`."""
-    l2, decay, lerp, from_grad = (
-        tl.load(row + 2),
-        tl.load(row + 3),
-        tl.load(row + 4),
-        tl.load(row + 5),
-    )
+    l2, decay = tl.load(row + 2), tl.load(row + 3)
+    lerp, from_grad = tl.load(row + 4), tl.load(row + 5)
     beta2, rest2 = tl.load(row + 6), tl.load(row + 7)
     step_size, root_correction, eps = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
     g = g + l2 * p
@@ -30,7 +28,7 @@ def adam(p: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor, row: tl.tensor)
 
 
 @triton.jit
-def lion(p: tl.tensor, g: tl.tensor, m: tl.tensor, row: tl.tensor) -> tl.tensor:
+def lion(p: tl.tensor, g: tl.tensor, m: tl.tensor, row: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Columns 2 ... 7 of a LionRow at `row`."""
     decay, beta1, rest1 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     beta2, rest2, lr = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
@@ -43,7 +41,9 @@ def lion(p: tl.tensor, g: tl.tensor, m: tl.tensor, row: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def adagrad(p: tl.tensor, g: tl.tensor, s: tl.tensor, row: tl.tensor) -> tl.tensor:
+def adagrad(
+    p: tl.tensor, g: tl.tensor, s: tl.tensor, row: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
     """Columns 2 ... 4 of an AdagradRow at `row`."""
     l2, step_size, eps = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     g = g + l2 * p
@@ -53,7 +53,7 @@ def adagrad(p: tl.tensor, g: tl.tensor, s: tl.tensor, row: tl.tensor) -> tl.tens
 
 
 @triton.jit
-def sgd(p: tl.tensor, g: tl.tensor, m: tl.tensor, row: tl.tensor) -> tl.tensor:
+def sgd(p: tl.tensor, g: tl.tensor, m: tl.tensor, row: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Columns 2 ... 7 of an SgdRow at `row`."""
     l2, momentum, undamped = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     of_grad, of_momentum, lr = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
@@ -79,7 +79,7 @@ def apply_rule(
     v: tl.tensor,
     row: tl.tensor,
     RULE: tl.constexpr,  # noqa: N803  Triton's convention for constants.
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The rule named RULE; a moment that it does not have comes back as it went in."""
     if RULE == "adam":
         p, m, v = adam(p, g, m, v, row)

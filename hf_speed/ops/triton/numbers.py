@@ -2,7 +2,11 @@
 
 A bf16 tensor reaches a kernel as int16 and is widened and rounded here with integer arithmetic: one
 code for the compiler and for Triton's interpreter, which computes bf16 itself wrongly.
+
+Annotations in quotes: Triton resolves the others itself, and knows no Any.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -25,7 +29,7 @@ def random_bits(index: tl.tensor, key1: tl.tensor, key2: tl.tensor) -> tl.tensor
 
 
 @triton.jit
-def load_float(pointer: tl.tensor, index: tl.tensor, mask: tl.tensor) -> tl.tensor:
+def load_float(pointer: "Any", index: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """Read float32, float16, or bfloat16 given as int16; exact."""
     values = tl.load(pointer + index, mask=mask, other=0)
     if pointer.dtype.element_ty == tl.int16:
@@ -35,7 +39,7 @@ def load_float(pointer: tl.tensor, index: tl.tensor, mask: tl.tensor) -> tl.tens
 
 
 @triton.jit
-def store_rounded(pointer: tl.tensor, index: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
+def store_rounded(pointer: "Any", index: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
     """Write float16, or bfloat16 given as int16, rounded to nearest even."""
     if pointer.dtype.element_ty == tl.int16:
         word = x.to(tl.uint32, bitcast=True)
@@ -47,7 +51,7 @@ def store_rounded(pointer: tl.tensor, index: tl.tensor, x: tl.tensor, mask: tl.t
 
 @triton.jit
 def _store_upper(
-    pointer: tl.tensor, index: tl.tensor, word: tl.tensor, addend: tl.tensor, mask: tl.tensor
+    pointer: "Any", index: tl.tensor, word: tl.tensor, addend: tl.tensor, mask: tl.tensor
 ) -> None:
     """Write the upper halves of word + addend; a NaN stays one."""
     is_nan = (word & 0x7FFFFFFF) > 0x7F800000
@@ -57,7 +61,7 @@ def _store_upper(
 
 @triton.jit
 def load_moment(
-    pointer: tl.tensor,
+    pointer: "Any",
     scales: tl.tensor,
     index: tl.tensor,
     mask: tl.tensor,
@@ -84,7 +88,7 @@ def load_moment(
 
 @triton.jit
 def store_moment(
-    pointer: tl.tensor,
+    pointer: "Any",
     scales: tl.tensor,
     index: tl.tensor,
     values: tl.tensor,
@@ -93,41 +97,45 @@ def store_moment(
     bits: tl.tensor,
     SIGNED: tl.constexpr,
 ) -> None:
-    """Write a moment of any kind where `touched`: `reference.store_moment`.
+    """Write a moment of any kind: `reference.store_moment`.
 
-    `bits` holds random bits in its lower half.
+    Untouched elements are written back as they were (rounding keeps a bf16 number): a mask that
+    follows the spans would split every store into single elements. `bits` holds random bits in its
+    lower half.
     """
     if scales is not None:
         block, exists = _blocks(index, mask)
         codes, scale = _encode(tl.where(mask, values, 0.0), SIGNED)
         written = tl.max(touched.to(tl.int32), axis=1) != 0
-        tl.store(pointer + index, codes, mask=mask & written[:, None])
+        before = tl.load(pointer + index, mask=mask, other=0)
+        tl.store(pointer + index, tl.where(written[:, None], codes, before), mask=mask)
         tl.store(scales + block, scale, mask=exists & written)
     elif pointer.dtype.element_ty == tl.int16:
         word = values.to(tl.uint32, bitcast=True)
-        _store_upper(pointer, index, word, bits & 0xFFFF, touched)
+        _store_upper(pointer, index, word, bits & 0xFFFF, mask)
     else:
-        tl.store(pointer + index, values, mask=touched)
+        tl.store(pointer + index, values, mask=mask)
 
 
 @triton.jit
-def _blocks(index: tl.tensor, mask: tl.tensor) -> tl.tensor:
+def _blocks(index: tl.tensor, mask: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Of each row of a tile: its block's number, and whether it has an element."""
     return tl.min(index, axis=1) // 256, tl.max(mask.to(tl.int32), axis=1) != 0
 
 
 @triton.jit
-def _encode(values: tl.tensor, SIGNED: tl.constexpr) -> tl.tensor:
+def _encode(values: tl.tensor, SIGNED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Codes and scales of (blocks, 256) values: `reference.encode_blocks`."""
     magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     scale = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
     divisor = tl.where(scale > 0, scale, 1.0)[:, None]
     x = tl.div_rn(magnitudes.to(tl.float32, bitcast=True), divisor)
     x = tl.where(x <= 1.0, x, 0.0)
+    # The cast cuts towards zero: the floor, as nothing here is negative.
     if SIGNED:
-        codes = tl.floor(tl.sqrt_rn(x) * 127.0 + 0.5).to(tl.int32)
+        codes = (tl.sqrt_rn(x) * 127.0 + 0.5).to(tl.int32)
         codes = tl.where(values < 0, -codes, codes)
     else:
-        codes = tl.floor(tl.sqrt_rn(tl.sqrt_rn(x)) * 255.0 + 0.5).to(tl.int32)
+        codes = (tl.sqrt_rn(tl.sqrt_rn(x)) * 255.0 + 0.5).to(tl.int32)
         codes = tl.where((values > 0) & (codes == 0), 1, codes)
     return (codes & 0xFF).to(tl.uint8), scale

@@ -115,6 +115,18 @@ def span_table(
     return SpanTable(stops.to(device), rows.float().to(device))
 
 
+def require_cover(table: SpanTable, n: int) -> None:
+    """Raise a ValueError unless the spans of `table` cover n elements, in order."""
+    stops = table.stops.tolist()
+    increasing = all(low < high for low, high in zip([0, *stops], stops, strict=False))
+    if stops[-1:] != [n] * bool(n) or not increasing or table.rows.shape != (len(stops), ROW):
+        raise ValueError(
+            f"The spans of a chunk of {n} elements must stop at increasing elements, the last at "
+            f"{n}, with a row of {ROW} numbers each; these stop at {stops} and have rows "
+            f"{tuple(table.rows.shape)}."
+        )
+
+
 def adam_row(
     settings: Mapping[str, Any], *, step: int, grad_scale: float, decoupled: bool
 ) -> AdamRow:

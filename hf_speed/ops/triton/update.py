@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_speed.ops.reference import BLOCK, RULES, Moment, random_keys
-from hf_speed.ops.spans import ROW, SpanTable
+from hf_speed.ops.spans import ROW, SpanTable, require_cover
 from hf_speed.ops.triton.arithmetic import apply_rule
 from hf_speed.ops.triton.numbers import (
     load_float,
@@ -59,8 +59,14 @@ def update_(
         out: (n,) bfloat16 or float16, or None.
         seed: of the stochastic rounding, 0 <= seed < 2**64.
         offset: index of the chunk's first element within its group, a multiple of 256.
+
+    Raises:
+        ValueError: the table does not cover the chunk. Asked of tables on the CPU only; elements
+            that a table on the device leaves out stay untouched.
     """
     n = len(master)
+    if not table.stops.is_cuda:
+        require_cover(table, n)
     if n == 0:
         return
     stops = table.stops.to(master.device, non_blocking=True)
@@ -136,7 +142,7 @@ def update_kernel(  # noqa: PLR0913  A kernel takes every address and size that 
     touched = index < 0
     end = tl.minimum(begin + BLOCKS * 256, n.to(tl.int64))
     span = _first_span(stops_ptr, num_spans, begin)
-    while begin < end:
+    while (begin < end) & (span < num_spans):
         stop = tl.load(stops_ptr + span)
         row = rows_ptr + span * ROW
         # Of an untouched span nothing is here.

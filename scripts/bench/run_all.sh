@@ -21,6 +21,7 @@ run() {
 run zero_bytes.py "$@"
 run zero_memory.py "$@"
 run zero_step.py "$@"
+run disk_io.py "$@"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     run zero_step.py --device cuda "$@"
 fi

@@ -227,13 +227,13 @@ class Queue {
 
   void push(Ring* ring, size_t index) {
     Piece& slot = slots_[index];
-    ring->push(slot.ticket->is_write ? IORING_OP_WRITE : IORING_OP_READ, slot.fd(),
+    ring->push(slot.ticket->is_write ? Op::kWrite : Op::kRead, slot.fd(),
                slot.buffer + slot.moved, slot.length - slot.moved, slot.position + slot.moved,
                index);
   }
 
   void listen(Ring* ring) {
-    ring->push(IORING_OP_READ, bell_, &bell_count_, sizeof bell_count_, 0, kBell);
+    ring->push(Op::kRead, bell_, &bell_count_, sizeof bell_count_, 0, kBell);
   }
 
   void serve_ring(Ring* ring) {

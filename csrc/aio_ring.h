@@ -7,7 +7,6 @@
 #define HF_SPEED_AIO_RING_H_
 
 #include <errno.h>
-#include <linux/io_uring.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +17,18 @@
 #include <unistd.h>
 
 #include <algorithm>
+
+#if __has_include(<linux/io_uring.h>) && !defined(HFS_NO_IO_URING)
+#include <linux/io_uring.h>
+#endif
+
+namespace hfs_aio {
+
+enum class Op { kRead, kWrite };
+
+}  // namespace hfs_aio
+
+#ifdef IORING_FEAT_RW_CUR_POS  // headers of Linux 5.6 or later, the first that can read and write
 
 // The headers may be older than the kernel that runs this.
 #ifndef IORING_SETUP_SINGLE_ISSUER
@@ -55,12 +66,11 @@ class Ring {
   int fd() const { return fd_; }
 
   // Puts one operation in line. There is always room: entries > operations in flight.
-  void push(uint8_t opcode, int fd, void* buffer, int64_t length, int64_t position,
-            uint64_t tag) {
+  void push(Op op, int fd, void* buffer, int64_t length, int64_t position, uint64_t tag) {
     const unsigned tail = *sq_tail_;
     io_uring_sqe* sqe = &sqes_[tail & sq_mask_];
     memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = opcode;
+    sqe->opcode = op == Op::kWrite ? IORING_OP_WRITE : IORING_OP_READ;
     sqe->fd = fd;
     sqe->addr = reinterpret_cast<uint64_t>(buffer);
     sqe->len = static_cast<uint32_t>(length);
@@ -165,4 +175,22 @@ class Ring {
 };
 
 }  // namespace hfs_aio
+
+#else
+
+namespace hfs_aio {
+
+// Built where the system's headers do not know io_uring: says so, and the threads take over.
+class Ring {
+ public:
+  int open(unsigned) { return ENOSYS; }
+  int fd() const { return -1; }
+  void push(Op, int, void*, int64_t, int64_t, uint64_t) {}
+  void enter() {}
+  bool pop(uint64_t*, int64_t*) { return false; }
+};
+
+}  // namespace hfs_aio
+
+#endif  // IORING_FEAT_RW_CUR_POS
 #endif  // HF_SPEED_AIO_RING_H_

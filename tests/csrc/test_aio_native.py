@@ -15,21 +15,25 @@ NO_IO_URING = 77
 """What the driver exits with where the kernel refuses io_uring."""
 
 
-@pytest.fixture(scope="module", params=["address,undefined", "thread"])
-def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _build(directory: Path, *flags: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler: neither $CXX nor g++ is there")
-    binary = tmp_path_factory.mktemp("aio") / "driver"
+    binary = directory / "driver"
     subprocess.run(
         [
-            compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror",
-            f"-fsanitize={request.param}", "-fno-sanitize-recover=all", f"-I{CSRC}",
+            compiler, "-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", *flags, f"-I{CSRC}",
             "-o", str(binary), str(DRIVER), str(CSRC / "aio.cpp"), "-pthread",
         ],
         check=True,
     )  # fmt: skip
     return binary
+
+
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sanitize = (f"-fsanitize={request.param}", "-fno-sanitize-recover=all")
+    return _build(tmp_path_factory.mktemp("aio"), "-O1", *sanitize)
 
 
 @pytest.mark.parametrize("access", ["direct", "buffered"])
@@ -50,6 +54,16 @@ def test_the_native_half_is_clean_under_sanitizers(
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert len(done.stdout.split()) == CASES, done.stdout
+
+
+def test_without_the_headers_of_io_uring_the_threads_take_over(tmp_path: Path) -> None:
+    driver = _build(tmp_path, "-O0", "-DHFS_NO_IO_URING")
+    refused = subprocess.run([str(driver), str(tmp_path), "1", "buffered"], check=False)
+    assert refused.returncode == NO_IO_URING
+    done = subprocess.run(
+        [str(driver), str(tmp_path), "2", "buffered"], capture_output=True, text=True, check=False
+    )
+    assert len(done.stdout.split()) == CASES, done.stderr
 
 
 def _skip_without_direct(directory: Path) -> None:

@@ -303,6 +303,7 @@ file = AioFile([Path(sys.argv[1]) / "x"], nbytes=1 << 20)
 source, target = torch.arange(1 << 18, dtype=torch.int32), torch.zeros(1 << 18, dtype=torch.int32)
 queue.write(file, source, 0).wait(), queue.read(file, target, 0).wait()
 print(torch.equal(source, target))
+queue.write(file, source, 0)        # in flight when the process ends
 """
 
 

@@ -79,12 +79,17 @@ def adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, row: AdamRow) -> tuple[Tens
     """
     g = g + row.l2 * p
     p = p * row.decay
+    m, denominator, v = _adam_averages(g, m, v, row)
+    p = p - (row.step_size * m) / denominator
+    return p, m, v
+
+
+def _adam_averages(g: Tensor, m: Tensor, v: Tensor, row: AdamRow) -> tuple[Tensor, Tensor, Tensor]:
     base = torch.where(row.from_grad != 0, g, m)
     m = base + row.lerp * (g - m)
     v = v * row.beta2 + (row.rest2 * g) * g
     denominator = root(v) * row.root_correction + row.eps
-    p = p - (row.step_size * m) / denominator
-    return p, m, v
+    return m, denominator, v
 
 
 def lion(p: Tensor, g: Tensor, m: Tensor, row: LionRow) -> tuple[Tensor, ...]:
@@ -380,6 +385,37 @@ def square_sum(values: Tensor) -> Tensor:
     while len(sums) > 1:
         sums = _tile_sums(sums)
     return sums[0]
+
+
+def span_norms(master: Tensor, grad: Tensor, moments: Sequence[Moment], table: SpanTable) -> Tensor:
+    """Sums of squares of each span's master and of Adam's next direction, for LAMB.
+
+    The direction is (step_size * m) / denominator + l2 * p, with m and the denominator as `adam`
+    computes them from a gradient without l2 * p. Each sum is `square_sum` over the whole chunk with
+    zeros outside of the span.
+
+    Args:
+        master: (n,) float32.
+        grad: (n,) float32, bfloat16 or float16.
+        moments: exp_avg and exp_avg_sq, float32 or bfloat16.
+        table: spans with rows of Adam.
+
+    Returns:
+        (num_spans, 2) float64; zeros for untouched spans.
+    """
+    span = element_spans(table, len(master))
+    rows = table.rows[span]
+    row = AdamRow(*rows.T[1 : 1 + len(AdamRow._fields)])
+    g = grad.float() * row.scale
+    m, v = (load_moment(moment, signed=True) for moment in moments)
+    m, denominator, _ = _adam_averages(g, m, v, row)
+    direction = (row.step_size * m) / denominator + row.l2 * master
+    norms = torch.zeros(len(table.stops), 2, dtype=torch.float64, device=master.device)
+    for position in range(len(norms)):
+        inside = (span == position) & (rows[:, 0] != 0)
+        norms[position, 0] = square_sum(torch.where(inside, master, 0.0))
+        norms[position, 1] = square_sum(torch.where(inside, direction, 0.0))
+    return norms
 
 
 def _tile_sums(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from hf_speed.ops import reference
 from hf_speed.ops.reference import RULES
+from hf_speed.ops.spans import Row, span_table
 from hf_speed.ops.triton import sums, update
 from tests.ops.chunks import (
     GRAD_DTYPES,
@@ -21,6 +22,7 @@ from tests.ops.chunks import (
     OUT_DTYPES,
     differences,
     random_chunk,
+    random_row,
     random_stops,
 )
 
@@ -30,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # 0 / 0 in lanes that no store takes.
     np.seterr(all="ignore")
-    found = {**_every_kind(), **_random_chunks(), **_extremes(), **_sums(), **_empty()}
+    found = {**_every_kind(), **_random_chunks(), **_extremes(), **_sums(), **_norms(), **_empty()}
     json.dump(found, sys.stdout)
 
 
@@ -101,6 +103,22 @@ def _sums() -> dict[str, list[str]]:
             if expected != got or got.dtype != torch.float64:
                 found.append(f"{n} {dtype}: {got} is not {expected}")
     return {"square_sum": found}
+
+
+def _norms() -> dict[str, list[str]]:
+    found = []
+    for kind in MOMENT_DTYPES[:2]:
+        pick = torch.Generator().manual_seed(5)
+        rows: list[Row | None] = [random_row("adam", pick) for _ in range(4)]
+        rows[2] = None
+        table = span_table(list(zip([100, 4000, 5000, 9000], rows, strict=True)))
+        chunk = random_chunk("adam", 9000, [9000], moment_dtype=kind, grad_dtype=torch.float16)
+        chunk = chunk._replace(table=table)
+        reference.update_("adam", *chunk[:4])
+        expected, got = reference.span_norms(*chunk[:4]), sums.span_norms(*chunk[:4])
+        if not torch.equal(expected, got) or not (got[[0, 1, 3]] > 0).all():
+            found.append(f"{kind}: {got} is not {expected}")
+    return {"span_norms": found}
 
 
 def _empty() -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ CASES = [
     *(f"extremes {kind}" for kind in ("float32", "bfloat16", "uint8")),
     "random chunks",
     "square_sum",
+    "span_norms",
     "empty chunk",
 ]
 

@@ -9,22 +9,41 @@ import triton.language as tl
 
 
 @triton.jit
-def adam(
-    p: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor, row: tl.tensor
+def adam_averages(
+    g: tl.tensor, m: tl.tensor, v: tl.tensor, row: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Columns 2 ... 10 of an AdamRow at `row`."""
-    l2, decay = tl.load(row + 2), tl.load(row + 3)
+    """New m, the denominator, and new v; columns 4 ... 7, 9 and 10 of an AdamRow at `row`."""
     lerp, from_grad = tl.load(row + 4), tl.load(row + 5)
     beta2, rest2 = tl.load(row + 6), tl.load(row + 7)
-    step_size, root_correction, eps = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
-    g = g + l2 * p
-    p = p * decay
+    root_correction, eps = tl.load(row + 9), tl.load(row + 10)
     base = tl.where(from_grad != 0, g, m)
     m = base + lerp * (g - m)
     v = v * beta2 + (rest2 * g) * g
     denominator = tl.sqrt_rn(v) * root_correction + eps
+    return m, denominator, v
+
+
+@triton.jit
+def adam(
+    p: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor, row: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Columns 2 ... 10 of an AdamRow at `row`."""
+    l2, decay, step_size = tl.load(row + 2), tl.load(row + 3), tl.load(row + 8)
+    g = g + l2 * p
+    p = p * decay
+    m, denominator, v = adam_averages(g, m, v, row)
     p = p - tl.div_rn(step_size * m, denominator)
     return p, m, v
+
+
+@triton.jit
+def adam_direction(
+    p: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor, row: tl.tensor
+) -> tl.tensor:
+    """What `reference.span_norms` sums the squares of."""
+    l2, step_size = tl.load(row + 2), tl.load(row + 8)
+    m, denominator, _ = adam_averages(g, m, v, row)
+    return tl.div_rn(step_size * m, denominator) + l2 * p
 
 
 @triton.jit

@@ -51,8 +51,9 @@ uint32_t mix(uint32_t x) {
 }
 
 Keys keys_of(uint64_t seed) {
-  const uint32_t first = mix(static_cast<uint32_t>(seed));
-  return {first, mix(static_cast<uint32_t>(seed >> 32) ^ first ^ 0x9E3779B9u)};
+  const uint32_t lower = mix(static_cast<uint32_t>(seed));
+  const uint32_t first = mix(static_cast<uint32_t>(seed >> 32) ^ lower);
+  return {first, mix(first ^ lower ^ 0x9E3779B9u)};
 }
 
 int num_moments(int32_t rule) {

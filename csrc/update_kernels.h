@@ -15,8 +15,8 @@ namespace {
 
 using hfs::Keys;
 
-// How far ahead of the loop memory is asked for, in elements.
-constexpr int64_t kAhead = HFS_PREFETCH;
+// How far ahead of the loop memory is asked for: measured, with scripts/bench/cpu_adam.py.
+constexpr int64_t kAhead = 512;
 
 template <class V>
 HFS_INLINE typename V::F load_float(const void* values, int32_t type, int64_t i) {
@@ -27,8 +27,15 @@ HFS_INLINE typename V::F load_float(const void* values, int32_t type, int64_t i)
 
 template <class V>
 HFS_INLINE void store_out(const HfsUpdate& u, int64_t i, typename V::F p) {
-  if (u.out_type == HFS_BF16) V::store_bf16(static_cast<uint16_t*>(u.out) + i, p);
-  if (u.out_type == HFS_FP16) V::store_fp16(static_cast<uint16_t*>(u.out) + i, p);
+  uint16_t* const at = static_cast<uint16_t*>(u.out) + i;
+  if (u.out_type == HFS_BF16) {
+    if (u.streams_out) {
+      V::stream_bf16(at, p);
+    } else {
+      V::store_bf16(at, p);
+    }
+  }
+  if (u.out_type == HFS_FP16) V::store_fp16(at, p);
 }
 
 // The moments of a loop: of the chunk, from element 0, or of a decoded block, from its first.
@@ -38,10 +45,24 @@ struct Moments {
   int64_t start;
 };
 
-template <class V, int kMoment>
-HFS_INLINE typename V::F load_moment(const void* values, int64_t i) {
-  return load_float<V>(values, kMoment, i);
-}
+// The random words of a stretch of elements whose 64-bit indices share their upper word.
+template <class V>
+struct Randoms {
+  typename V::I counts;
+  uint32_t first, second;
+
+  HFS_INLINE Randoms from(Keys keys, int64_t element) {
+    const uint64_t index = static_cast<uint64_t>(element);
+    const uint32_t upper = static_cast<uint32_t>(index >> 32);
+    return {V::count_from(static_cast<uint32_t>(index)), keys.first,
+            keys.second + upper * 0x9E3779B9u};
+  }
+  HFS_METHOD typename V::I next() {
+    const typename V::I found = V::random(counts, first, second);
+    counts = V::advance(counts);
+    return found;
+  }
+};
 
 template <class V, int kMoment>
 HFS_INLINE void store_moment(void* values, int64_t i, typename V::F x, typename V::I random16) {
@@ -53,25 +74,19 @@ HFS_INLINE void store_moment(void* values, int64_t i, typename V::F x, typename 
 }
 
 template <class V, int kMoment, template <class> class Rule>
-HFS_INLINE void update_vector(const HfsUpdate& u, Keys keys, const Moments& moments,
-                              const Rule<V>& rule, int64_t i) {
+HFS_INLINE void update_vector(const HfsUpdate& u, const Moments& moments, const Rule<V>& rule,
+                              Randoms<V>& randoms, int64_t i) {
   using F = typename V::F;
   const int64_t k = i - moments.start;
   F p = V::load(u.master + i);
   const F g = load_float<V>(u.grad, u.grad_type, i);
   F m = V::set(0.0f), v = V::set(0.0f);
-  if (Rule<V>::kMoments > 0) m = load_moment<V, kMoment>(moments.first, k);
-  if (Rule<V>::kMoments > 1) v = load_moment<V, kMoment>(moments.second, k);
+  if (Rule<V>::kMoments > 0) m = load_float<V>(moments.first, kMoment, k);
+  if (Rule<V>::kMoments > 1) v = load_float<V>(moments.second, kMoment, k);
   rule.step(p, g, m, v);
   V::store(u.master + i, p);
   typename V::I random = {};
-  if (kMoment == HFS_BF16) {
-    // A whole vector starts at a multiple of its width, so the upper word is that of all lanes.
-    const uint64_t element = static_cast<uint64_t>(u.offset + i);
-    const uint32_t upper = static_cast<uint32_t>(element >> 32);
-    random = V::random(static_cast<uint32_t>(element), keys.first,
-                       keys.second + upper * 0x9E3779B9u);
-  }
+  if (kMoment == HFS_BF16) random = randoms.next();
   if (Rule<V>::kMoments > 0) {
     store_moment<V, kMoment>(moments.first, k, m, V::low_half(random));
   }
@@ -81,30 +96,39 @@ HFS_INLINE void update_vector(const HfsUpdate& u, Keys keys, const Moments& mome
   store_out<V>(u, i, p);
 }
 
-template <int kMoment>
-HFS_INLINE void prefetch(const HfsUpdate& u, const Moments& moments, int num_moments, int64_t i) {
-  const int64_t grad_size = u.grad_type == HFS_FP32 ? 4 : 2;
-  __builtin_prefetch(u.master + i, 1);
-  __builtin_prefetch(static_cast<const char*>(u.grad) + i * grad_size, 0);
-  if (kMoment == HFS_NONE) return;
-  const int64_t at = (i - moments.start) * (kMoment == HFS_BF16 ? 2 : 4);
-  if (num_moments > 0) __builtin_prefetch(static_cast<char*>(moments.first) + at, 1);
-  if (num_moments > 1) __builtin_prefetch(static_cast<char*>(moments.second) + at, 1);
+// Asks for the lines of `numel` elements at `i` of one stream. Past its end nothing happens.
+HFS_INLINE void prefetch(const void* values, int32_t type, int64_t i, int64_t numel) {
+  const int64_t size = type == HFS_FP32 ? 4 : 2;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(values) + i * size;
+  for (int64_t line = 0; line < numel * size; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at + line));
+  }
 }
 
 template <int kMoment, template <class> class Rule>
-HFS_TARGET void update_span(const HfsUpdate& u, Keys keys, const Moments& moments,
+HFS_TARGET void update_span(const HfsUpdate& request, Keys keys, const Moments& of,
                             const float* row, int64_t begin, int64_t end) {
   constexpr int64_t kWidth = Vector::kWidth;
+  // Copies, whose addresses nobody has: no store through a pointer can change them.
+  const HfsUpdate u = request;
+  const Moments moments = of;
   const Rule<Scalar> one = Rule<Scalar>::of(row);
   const Rule<Vector> many = Rule<Vector>::of(row);
   int64_t i = begin;
-  for (; i < end && i % kWidth != 0; ++i) update_vector<Scalar, kMoment, Rule>(u, keys, moments, one, i);
-  for (; i + kWidth <= end; i += kWidth) {
-    if (kAhead > 0) prefetch<kMoment>(u, moments, Rule<Vector>::kMoments, i + kAhead);
-    update_vector<Vector, kMoment, Rule>(u, keys, moments, many, i);
+  Randoms<Scalar> heads = Randoms<Scalar>::from(keys, u.offset + i);
+  for (; i < end && i % kWidth != 0; ++i) {
+    update_vector<Scalar, kMoment, Rule>(u, moments, one, heads, i);
   }
-  for (; i < end; ++i) update_vector<Scalar, kMoment, Rule>(u, keys, moments, one, i);
+  Randoms<Vector> randoms = Randoms<Vector>::from(keys, u.offset + i);
+  for (; i + kWidth <= end; i += kWidth) {
+    prefetch(u.master, HFS_FP32, i + kAhead, kWidth);
+    prefetch(u.grad, u.grad_type, i + kAhead, kWidth);
+    if (Rule<Vector>::kMoments > 0) prefetch(moments.first, kMoment, i - of.start + kAhead, kWidth);
+    if (Rule<Vector>::kMoments > 1) prefetch(moments.second, kMoment, i - of.start + kAhead, kWidth);
+    update_vector<Vector, kMoment, Rule>(u, moments, many, randoms, i);
+  }
+  Randoms<Scalar> tails = Randoms<Scalar>::from(keys, u.offset + i);
+  for (; i < end; ++i) update_vector<Scalar, kMoment, Rule>(u, moments, one, tails, i);
 }
 
 template <template <class> class Rule>
@@ -121,6 +145,7 @@ HFS_TARGET void update_rule(const HfsUpdate& u, Keys keys, const Moments& moment
 HFS_TARGET void write_out(const HfsUpdate& u, int64_t begin, int64_t end) {
   if (u.out_type == HFS_NONE) return;
   int64_t i = begin;
+  for (; i < end && i % Vector::kWidth != 0; ++i) store_out<Scalar>(u, i, Scalar::load(u.master + i));
   for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
     store_out<Vector>(u, i, Vector::load(u.master + i));
   }

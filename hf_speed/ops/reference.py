@@ -325,9 +325,14 @@ def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:
 
 
 def random_keys(seed: int) -> tuple[int, int]:
-    """The two 32-bit keys of a seed, computed once per chunk on the host."""
-    first = _mix(seed & 0xFFFFFFFF)
-    return first, _mix((seed >> 32) ^ first ^ 0x9E3779B9)
+    """The two 32-bit keys of a seed, computed once per chunk on the host.
+
+    Different seeds have different keys, and each key depends on the whole seed: an element's bits
+    at two steps are unrelated, whichever word of the seed counts the steps.
+    """
+    lower = _mix(seed & 0xFFFFFFFF)
+    first = _mix((seed >> 32) ^ lower)
+    return first, _mix(first ^ lower ^ 0x9E3779B9)
 
 
 def random_bits(seed: int, offset: int, n: int, *, device: torch.device | None = None) -> Tensor:
@@ -337,7 +342,7 @@ def random_bits(seed: int, offset: int, n: int, *, device: torch.device | None =
     All in 32-bit unsigned arithmetic that wraps. With (k1, k2) = random_keys(seed) and the
     element's 64-bit index split into words low and high:
 
-        x = low ^ k1;  x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15
+        x = low ^ k1 ^ (high * 0x85EBCA6B);  x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15
         x += k2 + high * 0x9E3779B9
         x *= 0x846CA68B;  x ^= x >> 16
 
@@ -345,11 +350,12 @@ def random_bits(seed: int, offset: int, n: int, *, device: torch.device | None =
     """
     key1, key2 = random_keys(seed)
     index = torch.arange(offset, offset + n, device=device)
-    x = (index & 0xFFFFFFFF) ^ key1
+    high = index >> 32
+    x = (index & 0xFFFFFFFF) ^ key1 ^ _multiply(high, 0x85EBCA6B)
     x = x ^ (x >> 16)
     x = _multiply(x, 0x7FEB352D)
     x = x ^ (x >> 15)
-    x = (x + key2 + _multiply(index >> 32, 0x9E3779B9)) & 0xFFFFFFFF
+    x = (x + key2 + _multiply(high, 0x9E3779B9)) & 0xFFFFFFFF
     x = _multiply(x, 0x846CA68B)
     return x ^ (x >> 16)
 

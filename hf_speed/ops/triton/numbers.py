@@ -19,7 +19,7 @@ def random_bits(index: tl.tensor, key1: tl.tensor, key2: tl.tensor) -> tl.tensor
     """32 random bits for each 64-bit element index: `reference.random_bits`."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
-    x = low ^ key1
+    x = low ^ key1 ^ (high * tl.full((1, 1), 0x85EBCA6B, tl.uint32))
     x = x ^ (x >> 16)
     x = x * tl.full((1, 1), 0x7FEB352D, tl.uint32)
     x = x ^ (x >> 15)

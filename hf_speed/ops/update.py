@@ -72,16 +72,16 @@ def span_norms(master: Tensor, grad: Tensor, moments: Sequence[Moment], table: S
 
     The direction is step_size * m / denominator + l2 * p, where l2 is not added to the gradient.
     With the step_size of lr = 1 and l2 = weight_decay it is LAMB's, and LAMB's update is AdamW's
-    with lr * |p| / |direction| as the learning rate of the span. On the CPU; nothing is written.
+    with lr * |p| / |direction| as the learning rate of the span. Nothing is written.
 
     Args:
         master: (n,) float32.
         grad: (n,) float32, bfloat16 or float16.
         moments: exp_avg and exp_avg_sq, float32 or bfloat16.
-        table: spans with rows of Adam.
+        table: spans with rows of Adam, on the CPU.
 
     Returns:
-        (num_spans, 2) float64; zeros for spans that are not touched.
+        (num_spans, 2) float64 where the master lies; zeros for spans that are not touched.
 
     Raises:
         ValueError: the tensors do not fit together.
@@ -89,8 +89,12 @@ def span_norms(master: Tensor, grad: Tensor, moments: Sequence[Moment], table: S
     Source: LAMB, arXiv:1904.00962, algorithm 2.
     """
     check("adam", master, grad, moments, None)
-    if any(moment.scales is not None for moment in moments) or master.is_cuda:
-        raise ValueError("span_norms reads float32 or bfloat16 moments on the CPU.")
+    if any(moment.scales is not None for moment in moments):
+        raise ValueError("span_norms reads float32 or bfloat16 moments, not 8-bit ones.")
+    if master.is_cuda:
+        from hf_speed.ops.triton import sums as sums_cuda
+
+        return sums_cuda.span_norms(master, grad, moments, table)
     return update_cpu.span_norms(update_cpu.request("adam", master, grad, moments, table))
 
 

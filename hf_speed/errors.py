@@ -26,6 +26,10 @@ class CheckpointError(HfSpeedError, RuntimeError):
     """A checkpoint could not be written, or cannot be read here."""
 
 
+class OffloadError(HfSpeedError, RuntimeError):
+    """A memory tier cannot hold, read or write what it was asked to."""
+
+
 class EngineError(HfSpeedError, RuntimeError):
     """An engine was used in an order or a place that it cannot serve."""
 

@@ -13,9 +13,14 @@ namespace {
 
 using hfs::Kernels;
 using hfs::Keys;
+using hfs::Work;
 
 // Elements that a thread takes at a time: small enough to share the load, large enough to stream.
 constexpr int64_t kTask = 16 * HFS_TILE;
+
+// A parameter of this many elements or more is in no cache when it is read again, so it is written
+// past them: that saves reading the lines first.
+constexpr int64_t kStreamed = INT64_C(1) << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -95,16 +100,19 @@ int32_t check(const HfsUpdate& u) {
 }
 
 struct UpdateJob {
-  const HfsUpdate& update;
+  const Work& work;
   const Kernels& kernels;
-  Keys keys;
 
   static void run(void* context, int64_t index) {
     const UpdateJob& job = *static_cast<const UpdateJob*>(context);
     const StandardArithmetic standard;
     const int64_t begin = index * kTask;
-    const int64_t rest = job.update.numel - begin;
-    job.kernels.update(job.update, job.keys, begin, begin + (rest < kTask ? rest : kTask));
+    const int64_t rest = job.work.numel - begin;
+    job.kernels.update(job.work, begin, begin + (rest < kTask ? rest : kTask));
+#if defined(__x86_64__)
+    // Stores past the caches are seen in order by nobody else, until this.
+    if (job.work.streams_out) _mm_sfence();
+#endif
   }
 };
 
@@ -196,7 +204,9 @@ int32_t hfs_update(const HfsUpdate* update) {
   if (fault != HFS_OK) return fault;
   const Kernels* kernels = kernels_of(update->isa);
   if (kernels == nullptr) return HFS_BAD_ISA;
-  UpdateJob job = {*update, *kernels, keys_of(update->seed)};
+  const bool is_aligned = reinterpret_cast<uintptr_t>(update->out) % 64 == 0;
+  const Work work = {*update, keys_of(update->seed), is_aligned && update->numel >= kStreamed};
+  UpdateJob job = {work, *kernels};
   hfs::parallel_for(ceil_div(update->numel, kTask), update->num_threads, UpdateJob::run, &job);
   return HFS_OK;
 }

@@ -42,7 +42,7 @@ typedef struct HfsUpdate {
   int32_t num_spans;
   int32_t num_threads;
   int32_t isa;
-  int32_t reserved;
+  int32_t reserved;     // 0
 } HfsUpdate;
 
 // Grows with every change of this header or of aio.h: who loads a stale build must notice.

@@ -3,7 +3,6 @@
 #define HFS_TARGET __attribute__((target("avx2,f16c")))
 #define HFS_METHOD __attribute__((always_inline, target("avx2,f16c"))) inline
 #define HFS_INLINE static HFS_METHOD
-#define HFS_PREFETCH 0
 
 #include "vector_avx2.h"
 

@@ -3,7 +3,6 @@
 #define HFS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c")))
 #define HFS_METHOD __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))) inline
 #define HFS_INLINE static HFS_METHOD
-#define HFS_PREFETCH 0
 
 #include "vector_avx512.h"
 

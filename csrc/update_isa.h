@@ -13,9 +13,15 @@ struct Keys {
   uint32_t first, second;
 };
 
+// An update with what is decided once for all of it.
+struct Work : HfsUpdate {
+  Keys keys;
+  bool streams_out;  // `out` is written past the caches
+};
+
 struct Kernels {
-  // Updates elements [begin, end); begin is a multiple of HFS_TILE, `end` too or the chunk's.
-  void (*update)(const HfsUpdate& update, Keys keys, int64_t begin, int64_t end);
+  // Updates elements [begin, end); both are multiples of HFS_BLOCK, `end` or the chunk's.
+  void (*update)(const Work& work, int64_t begin, int64_t end);
   // Sums of squares of master and direction over one tile, of elements [begin, end) of span `row`.
   void (*norms)(const HfsUpdate& update, const float* row, int64_t begin, int64_t end,
                 double sums[2]);

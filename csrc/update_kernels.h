@@ -14,6 +14,7 @@
 namespace {
 
 using hfs::Keys;
+using hfs::Work;
 
 // How far ahead of the loop memory is asked for: measured, with scripts/bench/cpu_adam.py.
 constexpr int64_t kAhead = 512;
@@ -26,7 +27,7 @@ HFS_INLINE typename V::F load_float(const void* values, int32_t type, int64_t i)
 }
 
 template <class V>
-HFS_INLINE void store_out(const HfsUpdate& u, int64_t i, typename V::F p) {
+HFS_INLINE void store_out(const Work& u, int64_t i, typename V::F p) {
   uint16_t* const at = static_cast<uint16_t*>(u.out) + i;
   if (u.out_type == HFS_BF16) {
     if (u.streams_out) {
@@ -43,6 +44,7 @@ struct Moments {
   void* first;
   void* second;
   int64_t start;
+  bool is_block;
 };
 
 // The random words of a stretch of elements whose 64-bit indices share their upper word.
@@ -54,7 +56,7 @@ struct Randoms {
   HFS_INLINE Randoms from(Keys keys, int64_t element) {
     const uint64_t index = static_cast<uint64_t>(element);
     const uint32_t upper = static_cast<uint32_t>(index >> 32);
-    return {V::count_from(static_cast<uint32_t>(index)), keys.first,
+    return {V::count_from(static_cast<uint32_t>(index)), keys.first ^ (upper * 0x85EBCA6Bu),
             keys.second + upper * 0x9E3779B9u};
   }
   HFS_METHOD typename V::I next() {
@@ -74,7 +76,7 @@ HFS_INLINE void store_moment(void* values, int64_t i, typename V::F x, typename 
 }
 
 template <class V, int kMoment, template <class> class Rule>
-HFS_INLINE void update_vector(const HfsUpdate& u, const Moments& moments, const Rule<V>& rule,
+HFS_INLINE void update_vector(const Work& u, const Moments& moments, const Rule<V>& rule,
                               Randoms<V>& randoms, int64_t i) {
   using F = typename V::F;
   const int64_t k = i - moments.start;
@@ -106,43 +108,45 @@ HFS_INLINE void prefetch(const void* values, int32_t type, int64_t i, int64_t nu
 }
 
 template <int kMoment, template <class> class Rule>
-HFS_TARGET void update_span(const HfsUpdate& request, Keys keys, const Moments& of,
-                            const float* row, int64_t begin, int64_t end) {
+HFS_TARGET void update_span(const Work& work, const Moments& of, const float* row,
+                            int64_t begin, int64_t end) {
   constexpr int64_t kWidth = Vector::kWidth;
   // Copies, whose addresses nobody has: no store through a pointer can change them.
-  const HfsUpdate u = request;
+  const Work u = work;
   const Moments moments = of;
   const Rule<Scalar> one = Rule<Scalar>::of(row);
   const Rule<Vector> many = Rule<Vector>::of(row);
   int64_t i = begin;
-  Randoms<Scalar> heads = Randoms<Scalar>::from(keys, u.offset + i);
+  Randoms<Scalar> heads = Randoms<Scalar>::from(u.keys, u.offset + i);
   for (; i < end && i % kWidth != 0; ++i) {
     update_vector<Scalar, kMoment, Rule>(u, moments, one, heads, i);
   }
-  Randoms<Vector> randoms = Randoms<Vector>::from(keys, u.offset + i);
+  Randoms<Vector> randoms = Randoms<Vector>::from(u.keys, u.offset + i);
   for (; i + kWidth <= end; i += kWidth) {
     prefetch(u.master, HFS_FP32, i + kAhead, kWidth);
     prefetch(u.grad, u.grad_type, i + kAhead, kWidth);
-    if (Rule<Vector>::kMoments > 0) prefetch(moments.first, kMoment, i - of.start + kAhead, kWidth);
-    if (Rule<Vector>::kMoments > 1) prefetch(moments.second, kMoment, i - of.start + kAhead, kWidth);
+    if (Rule<Vector>::kMoments > 0 && !moments.is_block) {
+      prefetch(moments.first, kMoment, i + kAhead, kWidth);
+      if (Rule<Vector>::kMoments > 1) prefetch(moments.second, kMoment, i + kAhead, kWidth);
+    }
     update_vector<Vector, kMoment, Rule>(u, moments, many, randoms, i);
   }
-  Randoms<Scalar> tails = Randoms<Scalar>::from(keys, u.offset + i);
+  Randoms<Scalar> tails = Randoms<Scalar>::from(u.keys, u.offset + i);
   for (; i < end; ++i) update_vector<Scalar, kMoment, Rule>(u, moments, one, tails, i);
 }
 
 template <template <class> class Rule>
-HFS_TARGET void update_rule(const HfsUpdate& u, Keys keys, const Moments& moments, int32_t type,
+HFS_TARGET void update_rule(const Work& u, const Moments& moments, int32_t type,
                             const float* row, int64_t begin, int64_t end) {
   if (Rule<Scalar>::kMoments > 0 && type == HFS_BF16) {
-    update_span<HFS_BF16, Rule>(u, keys, moments, row, begin, end);
+    update_span<HFS_BF16, Rule>(u, moments, row, begin, end);
   } else {
-    update_span<HFS_FP32, Rule>(u, keys, moments, row, begin, end);
+    update_span<HFS_FP32, Rule>(u, moments, row, begin, end);
   }
 }
 
 // Elements of an untouched span keep everything; their `out` is written like any other.
-HFS_TARGET void write_out(const HfsUpdate& u, int64_t begin, int64_t end) {
+HFS_TARGET void write_out(const Work& u, int64_t begin, int64_t end) {
   if (u.out_type == HFS_NONE) return;
   int64_t i = begin;
   for (; i < end && i % Vector::kWidth != 0; ++i) store_out<Scalar>(u, i, Scalar::load(u.master + i));
@@ -152,20 +156,20 @@ HFS_TARGET void write_out(const HfsUpdate& u, int64_t begin, int64_t end) {
   for (; i < end; ++i) store_out<Scalar>(u, i, Scalar::load(u.master + i));
 }
 
-HFS_TARGET void update_part(const HfsUpdate& u, Keys keys, const Moments& moments, int32_t type,
+HFS_TARGET void update_part(const Work& u, const Moments& moments, int32_t type,
                             const float* row, int64_t begin, int64_t end) {
   if (row[0] == 0.0f) return write_out(u, begin, end);
   switch (u.rule) {
     case HFS_ADAM:
-      return update_rule<Adam>(u, keys, moments, type, row, begin, end);
+      return update_rule<Adam>(u, moments, type, row, begin, end);
     case HFS_LION:
-      return update_rule<Lion>(u, keys, moments, type, row, begin, end);
+      return update_rule<Lion>(u, moments, type, row, begin, end);
     case HFS_ADAGRAD:
-      return update_rule<Adagrad>(u, keys, moments, type, row, begin, end);
+      return update_rule<Adagrad>(u, moments, type, row, begin, end);
     case HFS_SGD:
-      return update_rule<Sgd>(u, keys, moments, type, row, begin, end);
+      return update_rule<Sgd>(u, moments, type, row, begin, end);
     default:
-      return update_rule<SgdPlain>(u, keys, moments, type, row, begin, end);
+      return update_rule<SgdPlain>(u, moments, type, row, begin, end);
   }
 }
 
@@ -183,12 +187,12 @@ HFS_INLINE int32_t span_of(const HfsUpdate& u, int64_t element) {
   return low;
 }
 
-HFS_TARGET void update_spans(const HfsUpdate& u, Keys keys, const Moments& moments, int32_t type,
+HFS_TARGET void update_spans(const Work& u, const Moments& moments, int32_t type,
                              int64_t begin, int64_t end) {
   int32_t span = span_of(u, begin);
   for (int64_t i = begin; i < end; ++span) {
     const int64_t stop = u.stops[span] < end ? u.stops[span] : end;
-    update_part(u, keys, moments, type, u.rows + int64_t{span} * HFS_ROW, i, stop);
+    update_part(u, moments, type, u.rows + int64_t{span} * HFS_ROW, i, stop);
     i = stop;
   }
 }
@@ -249,32 +253,38 @@ HFS_INLINE bool is_touched(const HfsUpdate& u, int64_t begin, int64_t end) {
   }
 }
 
-HFS_TARGET void update_blocks(const HfsUpdate& u, Keys keys, int64_t begin, int64_t end) {
+HFS_TARGET void update_blocks(const Work& u, int64_t begin, int64_t end) {
   const bool is_signed = first_is_signed(u.rule);
   Block first, second;
-  const Moments moments_at = {first.values, second.values, 0};
   for (int64_t i = begin; i < end; i += HFS_BLOCK) {
     const int64_t numel = end - i < HFS_BLOCK ? end - i : HFS_BLOCK;
     if (!is_touched(u, i, i + numel)) {
       write_out(u, i, i + numel);
       continue;
     }
-    Moments moments = moments_at;
-    moments.start = i;
+    const Moments moments = {first.values, second.values, i, true};
     open_block(first, u.first, u.first_scale, is_signed, i, numel);
     if (u.second != nullptr) open_block(second, u.second, u.second_scale, false, i, numel);
-    update_spans(u, keys, moments, HFS_FP32, i, i + numel);
+    update_spans(u, moments, HFS_FP32, i, i + numel);
     close_block(first, u.first, u.first_scale, is_signed, i, numel);
     if (u.second != nullptr) close_block(second, u.second, u.second_scale, false, i, numel);
   }
 }
 
-HFS_TARGET void update(const HfsUpdate& u, Keys keys, int64_t begin, int64_t end) {
+HFS_TARGET void update_stretch(const Work& u, int64_t begin, int64_t end) {
   if (u.moment_type == HFS_INT8) {
-    update_blocks(u, keys, begin, end);
+    update_blocks(u, begin, end);
   } else {
-    update_spans(u, keys, {u.first, u.second, 0}, u.moment_type, begin, end);
+    update_spans(u, {u.first, u.second, 0, false}, u.moment_type, begin, end);
   }
+}
+
+// Random words are counted by the lower words of indices: cut where those begin again.
+HFS_TARGET void update(const Work& u, int64_t begin, int64_t end) {
+  const int64_t wrap = (((u.offset + begin) >> 32) + 1) * (INT64_C(1) << 32) - u.offset;
+  if (wrap >= end) return update_stretch(u, begin, end);
+  update_stretch(u, begin, wrap);
+  update_stretch(u, wrap, end);
 }
 
 constexpr int64_t kLanes = 32;

@@ -1,7 +1,6 @@
 #define HFS_TARGET
 #define HFS_METHOD __attribute__((always_inline)) inline
 #define HFS_INLINE static HFS_METHOD
-#define HFS_PREFETCH 0
 
 #include "vector_scalar.h"
 

@@ -56,6 +56,11 @@ HFS_INLINE uint16_t fp16_nearest(float x) {
   return static_cast<uint16_t>(sign | half);
 }
 
+// c / 127 and c / 255, rounded to nearest, are c * high + c * low for every whole c up to 255: c *
+// high is exact. Dividing would take most of the time of decoding.
+constexpr float k127High = 0x1.0204p-7f, k127Low = 0x1.020408p-28f;
+constexpr float k255High = 0x1.01p-8f, k255Low = 0x1.010102p-24f;
+
 struct Scalar {
   using F = float;
   static constexpr int64_t kWidth = 1;
@@ -73,11 +78,15 @@ struct Scalar {
   HFS_INLINE F load_bf16(const uint16_t* at) { return float_of(uint32_t{*at} << 16); }
   HFS_INLINE F load_fp16(const uint16_t* at) { return float_of_fp16(*at); }
   HFS_INLINE void store_bf16(uint16_t* at, F x) { *at = bf16_nearest(x); }
+  HFS_INLINE void stream_bf16(uint16_t* at, F x) { *at = bf16_nearest(x); }
   HFS_INLINE void store_fp16(uint16_t* at, F x) { *at = fp16_nearest(x); }
 
-  // 32 random bits for the element `low` (its lower word); `second` has the upper word mixed in.
+  // The lower words of the elements' indices, and those of the next vector.
   using I = uint32_t;
-  HFS_INLINE I random(uint32_t low, uint32_t first, uint32_t second) {
+  HFS_INLINE I count_from(uint32_t start) { return start; }
+  HFS_INLINE I advance(I counts) { return counts + 1; }
+  // 32 random bits for each; the upper word is mixed into the keys.
+  HFS_INLINE I random(I low, uint32_t first, uint32_t second) {
     uint32_t x = low ^ first;
     x ^= x >> 16;
     x *= 0x7FEB352Du;
@@ -98,12 +107,14 @@ struct Scalar {
   // 8-bit codes of values in a block of scale 1, and back.
   HFS_INLINE F load_signed(const uint8_t* at) {
     const float c = static_cast<float>(static_cast<int8_t>(*at));
-    const float t = (c < 0 ? -c : c) / 127.0f;
+    const float magnitude = c < 0 ? -c : c;
+    const float t = magnitude * k127High + magnitude * k127Low;
     const float square = t * t;
     return c < 0 ? -square : square;
   }
   HFS_INLINE F load_unsigned(const uint8_t* at) {
-    const float t = static_cast<float>(*at) / 255.0f;
+    const float c = static_cast<float>(*at);
+    const float t = c * k255High + c * k255Low;
     const float u = t * t;
     return u * u;
   }

@@ -37,6 +37,15 @@ class CudaCopy:
         self._kept = None
 
 
+def what_ran(device: torch.device) -> torch.cuda.Event | None:
+    """An event after all that a GPU's current stream was given so far; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class Copies:
     """Issues copies, each after those that it must come after."""
 
@@ -77,7 +86,8 @@ class Copies:
                 earlier.settle()
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            event = stream.record_event()
+        event = torch.cuda.Event()
+        event.record(stream)
         # The allocator must not hand the memory out again while the copy runs.
         (target if to_gpu else source).record_stream(stream)
         return CudaCopy(event, (target, source))

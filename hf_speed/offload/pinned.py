@@ -1,5 +1,7 @@
 """Page-locking memory for a GPU, in place."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,10 @@ class Pins:
         """
         if memory.nbytes == 0:
             return
-        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        if int(status) != 0:
+        status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if status != 0:
             raise OffloadError(
-                f"CUDA cannot lock {memory.nbytes} bytes of host memory (error {int(status)}). "
+                f"CUDA cannot lock {memory.nbytes} bytes of host memory (error {status}). "
                 f"Raise the limit of locked memory (ulimit -l), or give the host tier less."
             )
         self._locked.add(memory.data_ptr())
@@ -40,4 +42,9 @@ class Pins:
     def _unlock(self, address: int) -> None:
         if address in self._locked:
             self._locked.remove(address)
-            torch.cuda.cudart().cudaHostUnregister(address)
+            _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    """The functions of the CUDA runtime that torch shows."""
+    return torch.cuda.cudart()

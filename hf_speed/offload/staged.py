@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_speed.errors import OffloadError
-from hf_speed.offload.copies import Copies
+from hf_speed.offload.copies import Copies, what_ran
 from hf_speed.offload.pool import StagingPool
 from hf_speed.offload.regions import page_floor
 from hf_speed.offload.rowfile import DiskTransfer
@@ -46,7 +46,7 @@ class StagedTransfer:
         self.after = after
         self.failure: Exception | None = None
         self.pieces_left = 0
-        self.ready = _now(tensor.device)
+        self.ready = what_ran(tensor.device)
         self._ended = threading.Event()
 
     def done(self) -> bool:
@@ -80,11 +80,6 @@ class StagedTransfer:
         """Called by the mover when no piece is left."""
         self.after = ()
         self._ended.set()
-
-
-def _now(device: torch.device) -> torch.cuda.Event | None:
-    """What a GPU was given so far."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class _Piece(NamedTuple):

@@ -1,19 +1,22 @@
 """`hf-speed plan`: what a config comes to for a model and a world, without loading or launching.
 
-model config -> meta model -> units -> bytes per rank at each stage -> the resolved table
+model config -> meta model -> units -> bytes per rank, stage and tier -> the resolved table, the
+bytes, and the largest models that would fit
 """
 
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hf_speed.config import SpeedConfig, env, load_config, resolve
+from hf_speed.config import Memory, OffloadConfig, SpeedConfig, Tiers, load_config, resolve
 from hf_speed.config.tree import GIB
 from hf_speed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hf_speed.engine.estimate import ParameterSize, StateBytes
+    from hf_speed.engine.capacity import Capacity
+    from hf_speed.engine.estimate import StateBytes
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -33,7 +36,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help="of one rank's device, as in 80GiB; default: this machine's",
+        help="of one rank's GPU, as in 80GiB; default: this machine's GPU or CPU",
+    )
+    parser.add_argument(
+        "--host",
+        metavar="SIZE",
+        help="host memory that one rank may fill, as in 128GiB; default: offload.host_bytes, or "
+        "a rank's share of what is free here",
+    )
+    parser.add_argument(
+        "--disk",
+        metavar="SIZE",
+        help="of one rank's disk, as in 2TiB; default: what is free in offload.paths",
     )
     parser.add_argument(
         "--dtype",
@@ -47,28 +61,72 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from hf_speed.engine.capacity import what_fits
+    from hf_speed.engine.estimate import Estimator
+    from hf_speed.engine.planning import sizes_of
+    from hf_speed.integrations.transformers.describe import meta_model
+
     config = load_config(arguments.config)
-    memory = (
-        parse_bytes(arguments.memory) if arguments.memory else _memory_here(arguments.num_processes)
-    )
+    memory = _memory(arguments, config.offload)
+    config = _with_room_on_disk(config, memory)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
-    units = _units(arguments.model, config, itemsize=dtype.itemsize)
-    states = _estimate(units, config, num_processes=arguments.num_processes)
+    world_size: int = arguments.num_processes
+    units = sizes_of(meta_model(arguments.model), config, compute_dtype=dtype)
+    estimator = Estimator(units, config, world_size=world_size)
     resolved = resolve(
         config,
-        world_size=arguments.num_processes,
+        world_size=world_size,
         param_dtype=dtype,
-        state_bytes=[state.total for state in states],
-        memory_bytes=memory,
+        needed=estimator.needed,
+        memory=memory,
+        device_type="cpu" if memory.shared else "cuda",
     )
-    num_parameters = sum(size.numel for unit in units for size in unit)
+    chosen = Tiers(*resolved.offload.tiers[:3])
+    num_parameters = sum(sum(group.numels) for unit in units for group in unit)
     print(f"{num_parameters / 1e6:,.1f} M parameters in {len(units)} units\n")
     print(resolved.table(), end="\n\n")
-    print(render(states, chosen=resolved.stage, memory_bytes=memory))
+    states = [estimator.at(stage, chosen) for stage in range(4)]
+    print(render_states(states, chosen=resolved.stage, memory=memory), end="\n\n")
+    print(render_fits(what_fits(units, config, world_size=world_size, memory=memory)))
     return 0
 
 
-def parse_bytes(text: str) -> int:
+def _memory(arguments: argparse.Namespace, offload: OffloadConfig) -> Memory:
+    """What one rank has: as the arguments say, and else as this machine has."""
+    import torch
+
+    from hf_speed.engine.report import memory_of_machine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = memory_of_machine(
+        # A disk that is given need not be this machine's.
+        replace(offload, paths=()) if arguments.disk else offload,
+        device=device,
+        num_ranks=arguments.num_processes,
+    )
+    if arguments.memory:
+        host = 0 if here.shared else here.host
+        here = Memory(parse_bytes(arguments.memory), offload.host_bytes or host, here.disk)
+    if arguments.host:
+        if here.shared:
+            raise ConfigError(
+                "--host is the memory beside a GPU, but here the CPU computes, whose memory is one "
+                "with the host's. Give the GPU's with --memory, or remove --host."
+            )
+        here = here._replace(host=parse_bytes(arguments.host, option="--host"))
+    if arguments.disk:
+        here = here._replace(disk=parse_bytes(arguments.disk, option="--disk"))
+    return here
+
+
+def _with_room_on_disk(config: SpeedConfig, memory: Memory) -> SpeedConfig:
+    """A config whose paths are still to be named, where a disk was given without them."""
+    if memory.disk and not config.offload.paths:
+        return replace(config, offload=replace(config.offload, paths=("(to be set)",)))
+    return config
+
+
+def parse_bytes(text: str, *, option: str = "--memory") -> int:
     """`80GiB`, `80G` or `1024` in bytes; units are powers of 1024.
 
     Raises:
@@ -78,55 +136,47 @@ def parse_bytes(text: str) -> int:
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise ConfigError(
-            f"--memory {text!r} is not a size: write it as 80GiB, 500MiB or in bytes."
+            f"{option} {text!r} is not a size: write it as 80GiB, 500MiB or in bytes."
         )
     return size
 
 
-def render(states: "Sequence[StateBytes]", *, chosen: int, memory_bytes: int) -> str:
-    """The estimates as a table, the chosen stage marked."""
-    lines = ["GiB per rank  parameters  gradients  optimizer  in flight    total"]
+def render_states(states: "Sequence[StateBytes]", *, chosen: int, memory: Memory) -> str:
+    """The estimates as a table, the chosen stage marked: what there is, then where it is."""
+    names = ("parameters", "gradients", "optimizer", "in flight", "staging")
+    tiers = ("device", "host", "disk")
+    head = "  ".join(f"{name:>10}" for name in (*names, *tiers))
+    lines = [f"GiB per rank  {head}"]
     for state in states:
-        columns = [state.parameters, state.gradients, state.optimizer, state.in_flight, state.total]
-        numbers = "  ".join(f"{value / GIB:9.3f}" for value in columns)
-        lines.append(f"{'->' if state.stage == chosen else '  '} stage {state.stage}     {numbers}")
-    lines.append(f"of {memory_bytes / GIB:.1f} GiB per rank; activations come on top")
+        kinds = (state.parameters, state.gradients, state.optimizer, state.in_flight, state.staging)
+        numbers = "  ".join(f"{value / GIB:10.3f}" for value in (*kinds, *state.by_tier))
+        mark = "->" if state.stage == chosen else "  "
+        lines.append(f"{mark} stage {state.stage}    {numbers}")
+    there = f"{memory.device / GIB:.1f} GiB on the device"
+    if memory.shared:
+        there += ", which is the host"
+    elif memory.host:
+        there += f", {memory.host / GIB:.1f} on the host"
+    if memory.disk:
+        there += f", {memory.disk / GIB:.1f} on disk"
+    lines.append(f"There are {there}. Activations come on top; with accumulation over micro-steps")
+    lines.append("at stages 0 and 1, so do the gradients of the whole model.")
     return "\n".join(lines)
 
 
-def _units(model: str, config: SpeedConfig, *, itemsize: int) -> "list[list[ParameterSize]]":
-    """Sizes of the parameters of each unit of a model that is never allocated."""
-    from hf_speed.engine.estimate import ParameterSize
-    from hf_speed.integrations.transformers.describe import meta_model
-    from hf_speed.zero.units import plan_units
-
-    classes = None if isinstance(config.zero.units, str) else config.zero.units
-    return [
-        [
-            ParameterSize(entry.parameter.numel(), itemsize, entry.parameter.requires_grad)
-            for entry in unit.entries
-        ]
-        for unit in plan_units(meta_model(model), classes)
+def render_fits(rows: "Sequence[Capacity]") -> str:
+    """Largest models as a table: one row a choice of tiers, one column a stage."""
+    lines = [
+        "What fits where: parameters, in billions, of the largest model with blocks like these",
+        "optimizer  gradients  parameters     stage 0   stage 1   stage 2   stage 3",
     ]
+    for row in rows:
+        numbers = " ".join(f"{billions(numel):>9}" for numel in row.numels)
+        optimizer, gradients, parameters = row.tiers
+        lines.append(f"{optimizer:<9}  {gradients:<9}  {parameters:<10}  {numbers}")
+    return "\n".join(lines)
 
 
-def _estimate(
-    units: "Sequence[Sequence[ParameterSize]]", config: SpeedConfig, *, num_processes: int
-) -> "tuple[StateBytes, ...]":
-    from hf_speed.engine.estimate import estimate_states
-
-    return estimate_states(
-        units,
-        num_shards=config.mesh.dp_shard or max(1, num_processes // config.mesh.dp_replicate),
-        masters=config.precision.master_dtype == "float32",
-        prefetch_units=config.zero.prefetch_units,
-    )
-
-
-def _memory_here(num_processes: int) -> int:
-    """Bytes of one rank's device here: a GPU, or an equal part of the host's memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return env.host_memory_bytes() // num_processes
+def billions(numel: int) -> str:
+    """Three digits of a number of elements; a dash for none."""
+    return f"{numel / 1e9:.3g}" if numel else "-"

@@ -6,6 +6,7 @@ ResolvedConfig
 
 from hf_speed.config.load import known_paths, load_config
 from hf_speed.config.offload import ResolvedOffload
+from hf_speed.config.planner import Memory, Needed, TierBytes, Tiers
 from hf_speed.config.resolve import ResolvedConfig, resolve
 from hf_speed.config.tree import (
     CheckpointConfig,
@@ -23,13 +24,17 @@ __all__ = [
     "CheckpointConfig",
     "DebugConfig",
     "LossScaleConfig",
+    "Memory",
     "MeshConfig",
+    "Needed",
     "OffloadConfig",
     "PrecisionConfig",
     "ResolvedConfig",
     "ResolvedOffload",
     "SpeedConfig",
     "Tier",
+    "TierBytes",
+    "Tiers",
     "ZeroConfig",
     "known_paths",
     "load_config",

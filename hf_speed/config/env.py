@@ -108,6 +108,28 @@ def host_memory_bytes() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
+def free_host_bytes() -> int:
+    """Bytes of host memory that can still be had: of the machine, and of the control group."""
+    total = host_memory_bytes()
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    for line in lines:
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            total = min(total, int(rest.split()[0]) << 10)
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        # Cached files count as used, but give way.
+        stat = Path("/sys/fs/cgroup/memory.stat")
+        cached = [
+            int(line.split()[1])
+            for line in (stat.read_text().splitlines() if stat.is_file() else [])
+            if line.startswith("inactive_file ")
+        ]
+        total = min(total, int(limit.read_text()) - int(used.read_text()) + sum(cached))
+    return max(total, 0)
+
+
 def launch_environment() -> dict[str, str]:
     """A copy of the environment, for a launcher to extend and hand to its children."""
     return dict(os.environ)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from hf_speed.config.planner import Tiers
 from hf_speed.config.tree import OffloadConfig, Tier
 from hf_speed.errors import ConfigError
 
@@ -87,38 +88,33 @@ _UPDATES = {
 }
 
 
-def resolve_offload(offload: OffloadConfig, *, device_type: str) -> ResolvedOffload:
+def resolve_offload(offload: OffloadConfig, *, tiers: Tiers, reason: str) -> ResolvedOffload:
     """Make every choice that `offload` leaves open.
 
     Args:
-        offload: what the user set.
-        device_type: where the model computes, "cpu" or "cuda".
-
-    Raises:
-        ConfigError: a value cannot take effect beside the others.
+        offload: what the user set, checked by `check_offload`.
+        tiers: as chosen.
+        reason: why.
     """
-    check_effective(offload, device_type=device_type)
-    optimizer = offload.optimizer or "device"
-    gradients = offload.gradients or "device"
-    parameters = offload.parameters or "device"
     activations = offload.activations or "device"
     return ResolvedOffload(
-        optimizer=optimizer,
-        gradients=gradients,
-        parameters=parameters,
+        optimizer=tiers.optimizer,
+        gradients=tiers.gradients,
+        parameters=tiers.parameters,
         activations=activations,
-        paths=offload.paths if "disk" in (optimizer, gradients, parameters, activations) else (),
+        paths=offload.paths if "disk" in (*tiers, activations) else (),
         staging_bytes=offload.staging_bytes,
-        update=_update(offload, optimizer),
+        update=update_of(offload, tiers.optimizer),
         moments=offload.moments,
-        step="after" if optimizer == "device" else offload.step,
+        step="after" if tiers.optimizer == "device" else offload.step,
         cpu_share=offload.cpu_share,
         activation_min_bytes=offload.activation_min_bytes,
-        reason="set",
+        reason=reason,
     )
 
 
-def _update(offload: OffloadConfig, optimizer: Tier) -> Literal["torch", "fused", "auto"]:
+def update_of(offload: OffloadConfig, optimizer: Tier) -> Literal["torch", "fused", "auto"]:
+    """What updates an optimizer whose state is on this tier."""
     if offload.update is not None:
         return offload.update
     if offload.moments != "float32":
@@ -134,7 +130,7 @@ class Refusal(NamedTuple):
     instead: str
 
 
-def check_effective(offload: OffloadConfig, *, device_type: str) -> None:
+def check_offload(offload: OffloadConfig, *, device_type: str) -> None:
     """Raise ConfigError where a value cannot take effect beside the others.
 
     A tier that is left open may become any: what depends on it is not refused.

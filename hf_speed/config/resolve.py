@@ -4,19 +4,15 @@
 made for a machine that is not at hand.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from hf_speed.config.offload import ResolvedOffload, resolve_offload
-from hf_speed.config.tree import GIB, LossScaleConfig, SpeedConfig, ZeroConfig
+from hf_speed.config.offload import ResolvedOffload, check_offload, resolve_offload
+from hf_speed.config.planner import Memory, Needed, choose
+from hf_speed.config.tree import LossScaleConfig, SpeedConfig, ZeroConfig
 from hf_speed.errors import ConfigError
-
-MEMORY_SHARE = 0.8
-"""Share of the memory that model states may fill; the rest is for activations and units in
-flight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +128,8 @@ def resolve(
     world_size: int,
     param_dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
-    state_bytes: Sequence[int] | None = None,
-    memory_bytes: int | None = None,
+    needed: Needed | None = None,
+    memory: Memory | None = None,
     device_type: str = "cpu",
 ) -> ResolvedConfig:
     """Make every choice that `config` leaves open.
@@ -143,17 +139,20 @@ def resolve(
         world_size: number of processes.
         param_dtype: dtype of the model's parameters (of most of its elements).
         compute_dtype: dtype to cast them to; None: they keep theirs.
-        state_bytes: bytes of model state per rank at stages 0, 1, 2, 3 (`engine.estimate`); needed
-            where zero.stage is left open.
-        memory_bytes: memory of one rank's device in bytes; needed where zero.stage is left open.
+        needed: bytes per rank of a stage and tiers (`engine.estimate`); with `memory`, what the
+            stage and the tiers that are left open are chosen by.
+        memory: what there is for one rank.
         device_type: where the model computes, "cpu" or "cuda".
 
     Raises:
         ConfigError: the axes do not multiply to the world; a value cannot take effect at this
-            stage, dtype, tier or device.
+            stage, dtype, tier or device; nothing that the config allows fits.
     """
     dp_replicate, dp_shard = check_world(config, world_size)
-    stage, reason = _stage(config.zero, state_bytes=state_bytes, memory_bytes=memory_bytes)
+    check_offload(config.offload, device_type=device_type)
+    if config.zero.stage is not None:
+        _check_effective(config.zero, config.zero.stage)
+    choice = choose(config, needed=needed, memory=memory)
     precision = config.precision
     working = compute_dtype or param_dtype
     if precision.loss_scale != LossScaleConfig() and working is not torch.float16:
@@ -164,7 +163,7 @@ def resolve(
         )
     return ResolvedConfig(
         world_size=world_size,
-        stage=stage,
+        stage=choice.stage,
         dp_replicate=dp_replicate,
         dp_shard=dp_shard,
         units=config.zero.units,
@@ -177,12 +176,12 @@ def resolve(
         reduce_dtype=_dtype(precision.reduce_dtype) if precision.reduce_dtype else compute_dtype,
         accumulate_dtype=torch.float32 if precision.accumulate_dtype == "float32" else None,
         loss_scale=precision.loss_scale if working is torch.float16 else None,
-        offload=resolve_offload(config.offload, device_type=device_type),
+        offload=resolve_offload(config.offload, tiers=choice.tiers, reason=choice.tiers_reason),
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         journal=config.debug.journal,
         timeout_s=config.debug.timeout_s,
         stats=config.debug.stats,
-        stage_reason=reason,
+        stage_reason=choice.stage_reason,
     )
 
 
@@ -208,30 +207,6 @@ def check_world(config: SpeedConfig, world_size: int) -> tuple[int, int]:
             f"{replicate * shard}`, or leave mesh.dp_shard out."
         )
     return replicate, shard
-
-
-def _stage(
-    zero: ZeroConfig, *, state_bytes: Sequence[int] | None, memory_bytes: int | None
-) -> tuple[int, str]:
-    """The stage and why; an AUTO stage is the smallest whose model states fit."""
-    if zero.stage is not None:
-        _check_effective(zero, zero.stage)
-        return zero.stage, "set"
-    if state_bytes is None or memory_bytes is None:
-        raise ConfigError(
-            "zero.stage is left open, but the memory to plan for is unknown. Set zero.stage to 0, "
-            "1, 2 or 3."
-        )
-    room = MEMORY_SHARE * memory_bytes
-    for stage, needed in enumerate(state_bytes):
-        if needed <= room:
-            return (
-                stage,
-                f"auto: {needed / GIB:.2f} GiB a rank fit in 80% of {memory_bytes / GIB:.2f} GiB",
-            )
-    needed = state_bytes[-1]
-    over = f"{needed / GIB:.2f} GiB a rank exceed 80% of {memory_bytes / GIB:.2f} GiB"
-    return 3, f"auto: the smallest, though {over}"
 
 
 def _check_effective(zero: ZeroConfig, stage: int) -> None:

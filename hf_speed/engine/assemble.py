@@ -10,29 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_speed.config import ResolvedConfig, SpeedConfig, resolve
-from hf_speed.engine.estimate import ParameterSize, estimate_states
-from hf_speed.engine.report import device_memory_bytes
-from hf_speed.errors import ConfigError
+from hf_speed.config import ResolvedConfig, SpeedConfig
+from hf_speed.engine.planning import group_specs, plan, precision_of
 from hf_speed.logs import get_logger
 from hf_speed.mesh import Lane, ParallelMesh
 from hf_speed.mesh.axes import IDENTITY
 from hf_speed.mesh.collectives import broadcast_flat
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.gather import Gatherer, Unit
-from hf_speed.zero.group import Dtypes, FlatGroup, GroupAxes, GroupSpec
+from hf_speed.zero.group import FlatGroup, GroupAxes, GroupSpec
 from hf_speed.zero.hooks import UnitHooks
 from hf_speed.zero.parameter import ShardedParameter, released_class
 from hf_speed.zero.pool import BufferPool
-from hf_speed.zero.precision import (
-    LossScaler,
-    PrecisionPlan,
-    fp32_module_names,
-    precision_table,
-)
+from hf_speed.zero.precision import LossScaler, precision_table
 from hf_speed.zero.reduce import Reducer
 from hf_speed.zero.step import Stepper
-from hf_speed.zero.units import ParameterEntry, UnitPlan, plan_units
+from hf_speed.zero.units import plan_units
 
 _log = get_logger(__name__)
 
@@ -130,40 +123,6 @@ def _report(
     )
 
 
-def plan(
-    model: nn.Module,
-    config: SpeedConfig,
-    *,
-    compute_dtype: torch.dtype | None,
-    device: torch.device,
-) -> ResolvedConfig:
-    """Resolve every AUTO of `config` for this model and world. Pure but for reading the world."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world_size = torch.distributed.get_world_size() if started else 1
-    counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    param_dtype = max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
-    working = compute_dtype or param_dtype
-    sizes = [
-        [
-            ParameterSize(e.parameter.numel(), working.itemsize, e.parameter.requires_grad)
-            for e in unit.entries
-        ]
-        for unit in plan_units(model)
-    ]
-    num_shards = config.mesh.dp_shard or max(1, world_size // config.mesh.dp_replicate)
-    return resolve(
-        config,
-        world_size=world_size,
-        param_dtype=param_dtype,
-        compute_dtype=compute_dtype,
-        state_bytes=[each.total for each in estimate_states(sizes, num_shards=num_shards)],
-        memory_bytes=device_memory_bytes(device),
-        device_type=device.type,
-    )
-
-
 def equalise(model: nn.Module, mesh: ParallelMesh) -> None:
     """Give every rank the values of rank 0, as DDP does. One broadcast per parameter and buffer."""
     world = mesh.world
@@ -189,13 +148,7 @@ def _build_units(
     *,
     device: torch.device,
 ) -> list[Unit]:
-    precision = PrecisionPlan(
-        compute=resolved.compute_dtype,
-        master=resolved.master_dtype,
-        wire=resolved.reduce_dtype if config.precision.reduce_dtype is not None else None,
-        accumulate=resolved.accumulate_dtype,
-        keep_fp32=fp32_module_names(model),
-    )
+    precision = precision_of(model, config, compute_dtype=resolved.compute_dtype)
     axes = _axes(resolved.stage, mesh)
     plans = plan_units(model, None if resolved.units == "auto" else list(resolved.units))
     names = {id(entry.parameter): entry.name for each in plans for entry in each.entries}
@@ -219,38 +172,6 @@ def _axes(stage: int, mesh: ParallelMesh) -> GroupAxes:
         reduce=mesh.axis("dp_shard", lane=Lane.REDUCE),
         replica=mesh.axis("dp_replicate", lane=Lane.REDUCE),
     )
-
-
-def group_specs(unit: UnitPlan, precision: PrecisionPlan) -> list[GroupSpec]:
-    """Divide a unit by dtypes and requires_grad: what is flat must be alike.
-
-    Raises:
-        ConfigError: a trainable parameter of a dtype that cannot have gradients.
-    """
-    divided: dict[tuple[Dtypes, bool], list[ParameterEntry]] = {}
-    for entry in unit.entries:
-        parameter = entry.parameter
-        _check_kind(entry.name, parameter)
-        key = (precision.dtypes_of(entry.name, parameter), parameter.requires_grad)
-        divided.setdefault(key, []).append(entry)
-    label = unit.name or "root"
-    return [
-        GroupSpec(f"{label}[{index}]", tuple(entries), dtypes, trainable)
-        for index, ((dtypes, trainable), entries) in enumerate(divided.items())
-    ]
-
-
-def _check_kind(name: str, parameter: nn.Parameter) -> None:
-    if isinstance(parameter, ShardedParameter):
-        raise ConfigError(
-            f"{name} is sharded by another engine already. Call its detach() first, or prepare "
-            f"each model once."
-        )
-    if type(parameter) is not nn.Parameter:
-        raise ConfigError(
-            f"{name} is a {type(parameter).__name__}: hf_speed flattens plain parameters only. "
-            f"Load the model without quantisation and without another library's sharding."
-        )
 
 
 def _build_group(

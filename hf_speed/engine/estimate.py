@@ -1,110 +1,256 @@
-"""Bytes of model state per rank at each stage, from sizes alone: nothing is allocated.
+"""Bytes of model state per rank and tier, from sizes alone: nothing is allocated.
 
-With P elements, all trained in 16 bit with float32 masters and Adam, over N ranks
-(ZeRO, arXiv:1910.02054, figure 1):
+With P elements in bf16, float32 masters and Adam, over N ranks, gradients accumulated in g bytes
+(ZeRO, arXiv:1910.02054, figure 1, has g = 2):
 
-    stage 0: 16P       parameters 2P, gradients 2P, optimizer 12P (master, two moments)
-    stage 1: 4P + 12P/N
-    stage 2: 2P + 14P/N
-    stage 3: 16P/N     plus the units in flight
+    stage 0: 2P + gP + 12P             parameters, gradients, optimizer (master, two moments)
+    stage 1, 2: 2P + gP/N + 12P/N
+    stage 3: gP/N + 12P/N              and 2P/N where parameters or optimizer are off the device
+
+plus what is in flight. Stage 1 sends its gradients on as the backward makes them, like stage 2; it
+keeps whole ones only over micro-steps that do not reduce (`accumulates`). Activations, and what
+kernels and torch take for themselves, are not counted.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-MASTER_BYTES = 4
-"""Bytes of a float32 element: masters and the optimizer's moments."""
+import torch
+
+from hf_speed.config import SpeedConfig, TierBytes, Tiers
+from hf_speed.config.offload import update_of
+from hf_speed.config.planner import ON_DEVICE
+from hf_speed.config.resolve import check_world
+from hf_speed.shard.layout import FlatLayout
+from hf_speed.zero.group import GroupSpec
+from hf_speed.zero.reduce import MAX_IN_FLIGHT
+
+SCALE_BYTES = 4
+BLOCK_NUMEL = 256
+"""An int8 moment has one float32 scale for a block of so many elements."""
 
 
-class ParameterSize(NamedTuple):
-    """One parameter: element count, bytes per element while it computes, and whether it trains."""
+class GroupSize(NamedTuple):
+    """One flat buffer to be: the elements of its parameters, and bytes per element."""
 
-    numel: int
-    itemsize: int
+    numels: tuple[int, ...]
+    compute: int
+    master: int
+    wire: int
+    accumulate: int
     trained: bool
+
+    @classmethod
+    def of(cls, spec: GroupSpec) -> Self:
+        """The sizes of a group of a real model, or of one on the meta device."""
+        numels = tuple(entry.parameter.numel() for entry in spec.entries)
+        compute, master, wire, accumulate = (dtype.itemsize for dtype in spec.dtypes)
+        return cls(numels, compute, master, wire, accumulate, spec.trainable)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether the optimizer updates a copy in another dtype."""
+        return self.trained and self.master != self.compute
 
 
 class StateBytes(NamedTuple):
-    """Bytes per rank at one stage."""
+    """Bytes per rank at one stage, by what they are; `by_tier` says where.
+
+    Attributes:
+        stage: 0 to 3.
+        tiers: of optimizer, gradients and parameters.
+        parameters: what the rank keeps while nothing computes.
+        gradients: what waits for the step.
+        optimizer: masters that are a copy, and moments.
+        in_flight: on the device: gathered or fetched units, gradients on their way.
+        staging: host memory that chunks pass; only where a tier is not the device.
+    """
 
     stage: int
+    tiers: Tiers
     parameters: int
     gradients: int
     optimizer: int
-    """Masters and moments."""
     in_flight: int
-    """Gathered units (stage 3), and the gradient of the one being reduced (stages 2 and 3)."""
+    staging: int
 
     @property
     def total(self) -> int:
-        """All of it, units in flight included."""
-        return self.parameters + self.gradients + self.optimizer + self.in_flight
+        """All of it, wherever it is."""
+        return sum(self.by_tier)
+
+    @property
+    def by_tier(self) -> TierBytes:
+        """The same bytes by where they are."""
+        amounts = {"device": self.in_flight, "host": self.staging, "disk": 0}
+        kinds = (self.optimizer, self.gradients, self.parameters)
+        for tier, num_bytes in zip(self.tiers, kinds, strict=True):
+            amounts[tier] += num_bytes
+        return TierBytes(**amounts)
 
 
-def estimate_states(
-    units: Sequence[Sequence[ParameterSize]],
-    *,
-    num_shards: int,
-    masters: bool = True,
-    num_moments: int = 2,
-    prefetch_units: int = 1,
-) -> tuple[StateBytes, StateBytes, StateBytes, StateBytes]:
-    """Estimate stages 0, 1, 2 and 3.
+class Estimator:
+    """Bytes of one model on one world, at any stage and tiers.
 
     Args:
-        units: the parameters of each unit, as `zero.units` plans them: the root, which stays
-            gathered from the start of the forward to the end of the backward, comes last.
-        num_shards: ranks that share one copy of the state (mesh.dp_shard).
-        masters: 16-bit parameters have a float32 copy.
+        units: the groups of each unit, as `planning.group_specs` divides them; the root, which
+            stays gathered from the start of the forward to the end of the backward, comes last.
+        config: what the user set; its stage and tiers are left to `at`.
+        world_size: number of ranks.
         num_moments: tensors that the optimizer keeps per parameter (Adam 2, momentum 1, SGD 0).
-        prefetch_units: units gathered ahead of the one that computes.
-
-    Returns:
-        One estimate per stage. A share is rounded up: the last byte lives somewhere.
     """
-    sizes = [size for unit in units for size in unit]
-    parameters = _bytes(sizes)
-    gradients = _bytes(sizes, trained_only=True)
-    optimizer = sum(
-        _optimizer_bytes(size, masters=masters, num_moments=num_moments) for size in sizes
-    )
 
-    def share(num_bytes: int, *, from_stage: int, stage: int) -> int:
-        return ceil(num_bytes / num_shards) if stage >= from_stage else num_bytes
+    def __init__(
+        self,
+        units: Sequence[Sequence[GroupSize]],
+        config: SpeedConfig,
+        *,
+        world_size: int,
+        num_moments: int = 2,
+    ) -> None:
+        self._blocks = [group for unit in units[:-1] for group in unit]
+        self._root = [group for unit in units[-1:] for group in unit]
+        self._config = config
+        self._num_moments = num_moments
+        self._replicas, self._shards = check_world(config, world_size)
+        self._layouts: dict[tuple[tuple[int, ...], int], FlatLayout] = {}
 
-    def at(stage: int) -> StateBytes:
+    def at(self, stage: int, tiers: Tiers = ON_DEVICE, *, accumulates: bool = False) -> StateBytes:
+        """Estimate one stage.
+
+        Args:
+            stage: 0 to 3.
+            tiers: of optimizer, gradients and parameters.
+            accumulates: several backwards per step: stages 0 and 1 then keep whole gradients.
+        """
+        parameters = gradients = optimizer = 0
+        for group, _ in self._groups():
+            layout = self._layout(group, stage)
+            parameters += _parameter_bytes(group, layout, stage=stage, tiers=tiers)
+            if group.trained:
+                optimizer += self._optimizer_bytes(group, layout.part_numel)
+                gradients += layout.part_numel * group.accumulate
         return StateBytes(
             stage=stage,
-            parameters=share(parameters, from_stage=3, stage=stage),
-            gradients=share(gradients, from_stage=2, stage=stage),
-            optimizer=share(optimizer, from_stage=1, stage=stage),
-            in_flight=_in_flight(units, stage=stage, prefetch_units=prefetch_units),
+            tiers=tiers,
+            parameters=parameters,
+            gradients=gradients,
+            optimizer=optimizer,
+            in_flight=self._in_flight(stage, tiers, accumulates=accumulates),
+            staging=self._config.offload.staging_bytes if tiers != ON_DEVICE else 0,
         )
 
-    return at(0), at(1), at(2), at(3)
+    def needed(self, stage: int, tiers: Tiers) -> TierBytes:
+        """What a plan is chosen by: as if gradients accumulated over micro-steps."""
+        return self.at(stage, tiers, accumulates=True).by_tier
+
+    def _parts(self, stage: int) -> int:
+        return self._shards if stage else 1
+
+    def _layout(self, group: GroupSize, stage: int) -> FlatLayout:
+        parts = self._parts(stage)
+        key = (group.numels, parts)
+        if key not in self._layouts:
+            self._layouts[key] = FlatLayout.plan(
+                [("", (numel,)) for numel in group.numels],
+                dtype=torch.uint8,
+                parts=parts,
+                replicas=self._shards * self._replicas // parts,
+            )
+        return self._layouts[key]
+
+    def _travels(self, group: GroupSize) -> bool:
+        """Whether gradients leave the rank or change dtype, as in `FlatGroup.travels`."""
+        return group.has_copy or self._shards * self._replicas > 1
+
+    def _is_gathered(self, group: GroupSize, stage: int, tiers: Tiers) -> bool:
+        """Whether whole values are here only while they compute."""
+        return tiers.parameters != "device" or (
+            stage == 3 and (group.has_copy or self._parts(stage) > 1)
+        )
+
+    def _optimizer_bytes(self, group: GroupSize, numel: int) -> int:
+        """Moments of `numel` elements, and their master where that is a copy."""
+        match self._config.offload.moments:
+            case "float32":
+                moment = numel * group.master  # As torch keeps them: in the dtype that it updates.
+            case "bfloat16":
+                moment = numel * 2
+            case _:
+                moment = numel + ceil(numel / BLOCK_NUMEL) * SCALE_BYTES
+        return self._num_moments * moment + (numel * group.master if group.has_copy else 0)
+
+    def _in_flight(self, stage: int, tiers: Tiers, *, accumulates: bool) -> int:
+        """Device bytes of what passes through, in buffers that are used again for equal sizes.
+
+        Under way at once are MAX_IN_FLIGHT reductions, each sent from one buffer into another, a
+        further one that is being filled, and the units gathered ahead. Sums over micro-steps, and
+        units that are not released after the forward, go one by one as the backward passes them.
+        """
+        zero = self._config.zero
+        sent: Counter[_Buffer] = Counter()
+        held: Counter[_Buffer] = Counter()
+        ahead: Counter[_Buffer] = Counter()
+        gathered: Counter[_Buffer] = Counter()
+        for group, is_root in self._groups():
+            numel = self._layout(group, stage).padded_numel
+            if group.trained and self._travels(group):
+                sent[_Buffer(numel, group.wire)] += 1
+                if accumulates and stage < 2:
+                    held[_Buffer(numel, group.accumulate)] += 1
+            if self._is_gathered(group, stage, tiers):
+                kind = gathered if is_root else ahead if zero.regather else held
+                kind[_Buffer(numel, group.compute)] += 1
+        total = self._widened(stage, tiers)
+        for size in sent | held | ahead | gathered:
+            count = gathered[size] + min(ahead[size], zero.prefetch_units + 1)
+            count += _most_alive(held[size], sent[size])
+            total += count * size.numel * size.itemsize
+        return total
+
+    def _groups(self) -> Iterator[tuple[GroupSize, bool]]:
+        """Every group, and whether it is the root's."""
+        yield from ((group, False) for group in self._blocks)
+        yield from ((group, True) for group in self._root)
+
+    def _widened(self, stage: int, tiers: Tiers) -> int:
+        """Copies of 16-bit gradients in the dtype that torch's optimizer reads them in."""
+        reads_any_dtype = update_of(self._config.offload, tiers.optimizer) == "fused"
+        if tiers.optimizer != "device" or reads_any_dtype:
+            return 0  # Off the device gradients are widened chunk by chunk.
+        return sum(
+            self._layout(group, stage).part_numel * group.master
+            for group, _ in self._groups()
+            if group.trained and group.accumulate < group.master
+        )
 
 
-def _optimizer_bytes(size: ParameterSize, *, masters: bool, num_moments: int) -> int:
-    if not size.trained:
-        return 0
-    has_master = masters and size.itemsize < MASTER_BYTES
-    # Moments are of the dtype that the optimizer updates: the master's, or the parameter's own.
-    updated = MASTER_BYTES if has_master else size.itemsize
-    return size.numel * (num_moments * updated + (MASTER_BYTES if has_master else 0))
+class _Buffer(NamedTuple):
+    """A size that the pool keeps buffers of."""
+
+    numel: int
+    itemsize: int
 
 
-def _in_flight(units: Sequence[Sequence[ParameterSize]], *, stage: int, prefetch_units: int) -> int:
-    """Bytes of what passes through: gathered units (stage 3), a gradient on its way (2 and 3)."""
-    if stage < 2:
-        return 0
-    gradient = max((_bytes(unit, trained_only=True) for unit in units), default=0)
+def _parameter_bytes(group: GroupSize, layout: FlatLayout, *, stage: int, tiers: Tiers) -> int:
     if stage < 3:
-        return gradient
-    *blocks, root = units
-    largest = sorted((_bytes(block) for block in blocks), reverse=True)
-    return gradient + _bytes(root) + sum(largest[: prefetch_units + 1])
+        return layout.padded_numel * group.compute
+    on_device = tiers.parameters == tiers.optimizer == "device"
+    # Gathers cast from the master where both are at hand: no part in the dtype that computes.
+    return 0 if group.has_copy and on_device else layout.part_numel * group.compute
 
 
-def _bytes(sizes: Sequence[ParameterSize], *, trained_only: bool = False) -> int:
-    return sum(size.numel * size.itemsize for size in sizes if size.trained or not trained_only)
+def _most_alive(num_held: int, num_sent: int) -> int:
+    """Most buffers of one size at once, in a backward.
+
+    Args:
+        num_held: buffers that are full when it begins; one is free again with each group passed.
+        num_sent: groups whose gradients are sent from such a buffer, and arrive in another.
+    """
+    under_way = min(num_sent, MAX_IN_FLIGHT + 1) + min(num_sent, MAX_IN_FLIGHT)
+    passed = range(min(num_held, num_sent) + 1)
+    if not num_held:
+        return under_way
+    return max(num_held - each + min(2 * each + 1, under_way) for each in passed)

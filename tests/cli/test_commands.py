@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_speed.cli import main, plan
-from hf_speed.engine.estimate import ParameterSize, estimate_states
 from hf_speed.errors import ConfigError
 
 GIB = 1 << 30
@@ -111,19 +110,3 @@ def test_sizes_are_read(text: str, num_bytes: int) -> None:
 def test_what_is_no_size_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size: write it as 80GiB"):
         plan.parse_bytes(text)
-
-
-def test_estimate_is_the_papers() -> None:
-    units = [[ParameterSize(600, 2, trained=True)], [ParameterSize(400, 2, trained=True)]]
-    totals = [state.total - state.in_flight for state in estimate_states(units, num_shards=4)]
-    assert totals == [16_000, 4000 + 3000, 2000 + 3500, 4000]
-
-
-def test_estimate_of_float32_and_of_frozen_parameters() -> None:
-    plain = [[ParameterSize(1000, 4, trained=True)]]
-    assert [each.total for each in estimate_states(plain, num_shards=1)[:2]] == [16_000, 16_000]
-    frozen = [[ParameterSize(1000, 2, trained=False)], [ParameterSize(10, 2, trained=True)]]
-    stage_0, _, _, stage_3 = estimate_states(frozen, num_shards=2)
-    assert stage_0.total == 2000 + 16 * 10
-    assert stage_3.parameters == 1010
-    assert stage_3.gradients == 10

@@ -5,22 +5,32 @@ from typing import Any
 import pytest
 import torch
 
-from hf_speed.config import ResolvedConfig, load_config, resolve
+from hf_speed.config import Memory, ResolvedConfig, TierBytes, Tiers, load_config, resolve
 from hf_speed.errors import ConfigError
 
-STATES = (1600, 1000, 600, 400)
+
+def _needed(stage: int, tiers: Tiers) -> TierBytes:
+    """Of bytes that stand for any model: parameters shrink at stage 3, the rest before."""
+    amounts = {"device": 0, "host": 0, "disk": 0}
+    for tier, num_bytes in zip(tiers, OF_STAGE[stage], strict=True):
+        amounts[tier] += num_bytes
+    return TierBytes(**amounts)
 
 
-def _resolved(tree: dict[str, Any], **given: Any) -> ResolvedConfig:
+OF_STAGE = ((1200, 200, 200), (600, 200, 200), (300, 100, 200), (200, 100, 100))
+"""Optimizer, gradients and parameters at each stage: 1600, 1000, 600 and 400 in all."""
+
+
+def _resolved(tree: dict[str, Any], *, memory_bytes: int = 4000, **given: Any) -> ResolvedConfig:
+    memory = Memory(memory_bytes, shared=True)
     return resolve(
-        load_config(tree),
-        **{"world_size": 4, "state_bytes": STATES, "memory_bytes": 4000, **given},
+        load_config(tree), **{"world_size": 4, "needed": _needed, "memory": memory, **given}
     )
 
 
 @pytest.mark.parametrize(
     ("memory_bytes", "stage"),
-    [(2000, 0), (1999, 1), (1250, 1), (1249, 2), (750, 2), (749, 3), (1, 3)],
+    [(2000, 0), (1999, 1), (1250, 1), (1249, 2), (750, 2), (749, 3), (500, 3)],
 )
 def test_open_stage_is_the_smallest_that_fits_80_percent(memory_bytes: int, stage: int) -> None:
     assert _resolved({}, memory_bytes=memory_bytes).stage == stage
@@ -28,14 +38,18 @@ def test_open_stage_is_the_smallest_that_fits_80_percent(memory_bytes: int, stag
 
 def test_stage_says_why() -> None:
     assert _resolved({"zero": {"stage": 2}}).stage_reason == "set"
-    assert "fit in 80% of" in _resolved({}).stage_reason
-    assert "exceed 80% of" in _resolved({}, memory_bytes=1).stage_reason
+    assert _resolved({}, memory_bytes=3 << 30).stage_reason == (
+        "auto: 0.00 GiB a rank fit in 2.40 of 3.00 GiB"
+    )
+    assert _resolved({}, memory_bytes=500).stage_reason.endswith("the first of 4 plans that does")
 
 
 def test_open_stage_needs_the_memory() -> None:
     with pytest.raises(ConfigError, match=r"memory to plan for is unknown\. Set zero\.stage to 0"):
-        _resolved({}, memory_bytes=None)
-    assert _resolved({"zero": {"stage": 1}}, memory_bytes=None, state_bytes=None).stage == 1
+        _resolved({}, memory=None)
+    resolved = _resolved({"zero": {"stage": 1}}, memory=None, needed=None)
+    assert resolved.stage == 1
+    assert resolved.offload.tiers == ("device", "device", "device", "device")
 
 
 @pytest.mark.parametrize(

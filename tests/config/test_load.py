@@ -43,6 +43,7 @@ def test_auto_is_the_same_as_leaving_out() -> None:
         "zero": {"stage": "auto", "units": "auto"},
         "mesh": {"dp_shard": "auto"},
         "precision": {"reduce_dtype": "auto"},
+        "offload": {"optimizer": "auto", "host_bytes": "auto", "update": "auto"},
     }
     assert load_config(tree) == SpeedConfig()
     with pytest.raises(ConfigError, match=r"mesh\.dp_replicate='auto' is of type str"):
@@ -53,11 +54,16 @@ def test_auto_is_the_same_as_leaving_out() -> None:
     stage=st.none() | st.integers(0, 3),
     units=st.just("auto") | st.lists(st.text(min_size=1), min_size=1, unique=True),
     timeout_s=st.floats(1, 86400),
+    paths=st.lists(st.text(min_size=1), unique=True),
 )
 def test_to_dict_round_trips_through_json(
-    stage: int | None, units: str | list[str], timeout_s: float
+    stage: int | None, units: str | list[str], timeout_s: float, paths: list[str]
 ) -> None:
-    tree = {"zero": {"stage": stage, "units": units}, "debug": {"timeout_s": timeout_s}}
+    tree = {
+        "zero": {"stage": stage, "units": units},
+        "debug": {"timeout_s": timeout_s},
+        "offload": {"paths": paths, "optimizer": "disk", "cpu_share": 0.5},
+    }
     config = load_config(tree)
     assert load_config(json.dumps(config.to_dict())) == config
 
@@ -118,8 +124,9 @@ def test_deepspeed_name_says_what_to_do(key: str) -> None:
     with pytest.raises(ConfigError, match=r"DeepSpeed's name. (Write|Remove)") as caught:
         load_config({key: 1})
     for word in str(caught.value).split():
-        if word.count(".") and word.split(".")[0] in {"mesh", "zero", "precision", "debug"}:
-            assert word.strip(".,") in set(known_paths()), word
+        path = word.strip(".,:").partition("=")[0]
+        if path.count(".") and path.split(".")[0] in set(known_paths()):
+            assert path in set(known_paths()), word
 
 
 @pytest.mark.parametrize(

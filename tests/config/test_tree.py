@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hf_speed.config import LossScaleConfig, SpeedConfig, ZeroConfig, load_config
+from hf_speed.config import LossScaleConfig, OffloadConfig, SpeedConfig, ZeroConfig, load_config
 from hf_speed.errors import ConfigError
 
 
@@ -51,6 +51,23 @@ from hf_speed.errors import ConfigError
         ({"precision": {"loss_scale": {"hysteresis": 0}}}, r"hysteresis=0 is out of range"),
         ({"precision": {"loss_scale": {"floor": 1e6}}}, r"floor=1000000\.0 is out of range.*65536"),
         ({"precision": {"loss_scale": {"floor": float("nan")}}}, r"floor=nan is out of range"),
+        (
+            {"offload": {"optimizer": "cpu"}},
+            r"offload\.optimizer='cpu' is not.*'device', 'host', 'disk'",
+        ),
+        ({"offload": {"gradients": "nvme"}}, r"offload\.gradients='nvme' is not a choice"),
+        ({"offload": {"parameters": True}}, r"offload\.parameters=True is not a choice"),
+        ({"offload": {"activations": 1}}, r"offload\.activations=1 is not a choice"),
+        ({"offload": {"paths": "/mnt"}}, r"offload\.paths='/mnt' is of type str.*a list of direct"),
+        ({"offload": {"paths": [""]}}, r"offload\.paths=\[''\] is of type list: it must be a list"),
+        ({"offload": {"paths": ["a", "a"]}}, r"paths names a more than once.*a disk of its own"),
+        ({"offload": {"staging_bytes": 1}}, r"staging_bytes=1 is out of range.*16777216 to"),
+        ({"offload": {"host_bytes": 0}}, r"host_bytes=0 is out of range: it goes from 1048576"),
+        ({"offload": {"update": "cpu"}}, r"offload\.update='cpu' is not.*'torch', 'fused'"),
+        ({"offload": {"moments": "fp8"}}, r"offload\.moments='fp8' is not.*'bfloat16', 'int8'"),
+        ({"offload": {"step": "early"}}, r"offload\.step='early' is not.*'speculative', 'delayed'"),
+        ({"offload": {"cpu_share": 1.5}}, r"offload\.cpu_share=1\.5 is out of range.*0 to 1"),
+        ({"offload": {"activation_min_bytes": 1}}, r"activation_min_bytes=1 is out of range"),
         ({"checkpoint": {"max_shard_bytes": 1}}, r"max_shard_bytes=1 is out of range.*1024 to"),
         ({"debug": {"journal": "yes"}}, r"debug\.journal='yes' is of type str.*true or false"),
         (
@@ -77,8 +94,12 @@ def test_values_are_checked_without_a_file_too() -> None:
 
 
 def test_config_is_a_value() -> None:
-    config = SpeedConfig(zero=ZeroConfig(stage=3, units=["Block"]))  # pyrefly: ignore
-    assert config == load_config({"zero": {"stage": 3, "units": ["Block"]}})
+    config = SpeedConfig(
+        zero=ZeroConfig(stage=3, units=["Block"]),  # pyrefly: ignore
+        offload=OffloadConfig(paths=["/mnt"]),  # pyrefly: ignore
+    )
+    tree = {"zero": {"stage": 3, "units": ["Block"]}, "offload": {"paths": ["/mnt"]}}
+    assert config == load_config(tree)
     assert hash(config) == hash(load_config(config.to_dict()))
     with pytest.raises(AttributeError):
         config.zero = ZeroConfig()  # pyrefly: ignore

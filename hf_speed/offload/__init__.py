@@ -1,5 +1,6 @@
 """Memory tiers: bytes in, bytes out, asynchronously."""
 
+from hf_speed.offload.activations import ActivationOffload
 from hf_speed.offload.device import DeviceStore
 from hf_speed.offload.disk import DiskStore
 from hf_speed.offload.host import HostStore
@@ -8,6 +9,7 @@ from hf_speed.offload.store import DONE, Store, Ticket
 
 __all__ = [
     "DONE",
+    "ActivationOffload",
     "DeviceStore",
     "DiskStore",
     "HostStore",

@@ -19,7 +19,7 @@ class MeshError(HfSpeedError, RuntimeError):
 
 
 class ShardedParameterError(HfSpeedError, RuntimeError):
-    """A parameter was read while its full value lives on no single rank."""
+    """A parameter or gradient was read while its full value lives on no single rank."""
 
 
 class CheckpointError(HfSpeedError, RuntimeError):

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_speed.zero.gradient import ShardedGradient
+
 
 class ClearGradients:
     """Stands in front of one model's `zero_grad`."""
@@ -20,6 +22,10 @@ class ClearGradients:
 
     def __call__(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's signature
         """Forget every gradient of the model on this rank. No collective."""
+        for parameter in self._model.parameters():
+            # A stand-in cannot be zeroed, only dropped.
+            if isinstance(parameter.grad, ShardedGradient):
+                parameter.grad = None
         type(self._model).zero_grad(self._model, set_to_none=set_to_none)
         for piece in self._pieces:
             piece.grad = None

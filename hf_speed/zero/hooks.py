@@ -98,7 +98,8 @@ class UnitHooks:
         return inert
 
     def remove(self) -> None:
-        """Take every hook off again."""
+        """Take every hook off again, and what the reducer has put on parameters."""
+        self._reducer.let_go()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -26,6 +26,7 @@ from hf_speed.mesh.collectives import (
 )
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.collection import Collection, InFlight
+from hf_speed.zero.gradient import GradientStandIns, arrived_gradient
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.parameter import placeholder_of
 from hf_speed.zero.pool import BufferPool
@@ -61,6 +62,7 @@ class Reducer:
         self._next = 0
         self._num_passed = 0
         self._in_flight: deque[InFlight] = deque()
+        self._stand_ins = GradientStandIns()
         self._reducing = True
         self._stepped = False
 
@@ -68,6 +70,8 @@ class Reducer:
         """Start a backward. Gradients that the user has cleared since are not added to."""
         self._reducing = sync or self._each_backward
         self._next = self._num_passed = 0
+        self.heed_cleared()
+        self._stand_ins.hide()
         if self._user_has_cleared():
             for collection in self._collections:
                 self._forget_cleared(collection)
@@ -84,7 +88,7 @@ class Reducer:
     def collect(self, group: FlatGroup, index: int) -> None:
         """Take the gradient that autograd has just finished for one parameter."""
         parameter = group.entries[index].parameter
-        gradient = parameter.grad
+        gradient = arrived_gradient(parameter.grad)
         if gradient is None:
             return
         parameter.grad = None
@@ -127,6 +131,26 @@ class Reducer:
                 self._settle()
         for collection in self._collections:
             self._hand_over(collection)
+            self._stand_ins.show(collection.group, collection.used)
+
+    def heed_cleared(self) -> None:
+        """Clear, in the pieces, what the user has cleared on parameters since the last backward."""
+        cleared, everything = self._stand_ins.cleared()
+        for group, index in cleared:
+            collection = self._by_group[group]
+            collection.used.discard(index)
+            if collection.local is not None:
+                group.slot_view(collection.local, group.layout.slots[index]).zero_()
+        gone = set(cleared)
+        for collection in self._collections if cleared else ():
+            group = collection.group
+            for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True):
+                if everything or (group, slot_piece.index) in gone:
+                    piece.grad = None
+
+    def let_go(self) -> None:
+        """Leave nothing on the parameters: the engine gives its model back."""
+        self._stand_ins.hide()
 
     def abandon(self) -> None:
         """An exception has cut a backward short: finish its reductions, lose its other gradients.

@@ -147,6 +147,7 @@ class Stepper:
                 f"{type(optimizer).__name__}.step(closure) computes gradients after hf_speed has "
                 f"made them ready. Call backward first, then step() without a closure."
             )
+        self._reducer.heed_cleared()
         self.make_ready()
         if self.was_skipped:
             # Optimizers leave a parameter without a gradient alone, counters included.

@@ -16,11 +16,17 @@ extern "C" {
 enum { HFS_ADAM = 0, HFS_LION = 1, HFS_ADAGRAD = 2, HFS_SGD = 3, HFS_SGD_PLAIN = 4 };
 enum { HFS_NONE = 0, HFS_FP32 = 1, HFS_BF16 = 2, HFS_FP16 = 3, HFS_INT8 = 4 };
 enum { HFS_ISA_BEST = 0, HFS_ISA_SCALAR = 1, HFS_ISA_AVX2 = 2, HFS_ISA_AVX512 = 3 };
-enum { HFS_OK = 0, HFS_BAD_ARGUMENT = -1, HFS_BAD_SPANS = -2, HFS_BAD_ISA = -3, HFS_NO_MEMORY = -4 };
+enum {
+  HFS_OK = 0,
+  HFS_BAD_ARGUMENT = -1,
+  HFS_BAD_SPANS = -2,
+  HFS_BAD_ISA = -3,
+  HFS_NO_MEMORY = -4
+};
 
-#define HFS_BLOCK INT64_C(256)   // elements that share one scale in an 8-bit moment
-#define HFS_TILE INT64_C(4096)   // elements that `square_sum` adds up at a time
-#define HFS_ROW INT64_C(12)      // fp32 numbers of a span: see hf_speed/ops/spans.py
+#define HFS_BLOCK INT64_C(256)  // elements that share one scale in an 8-bit moment
+#define HFS_TILE INT64_C(4096)  // elements that `square_sum` adds up at a time
+#define HFS_ROW INT64_C(12)     // fp32 numbers of a span: see hf_speed/ops/spans.py
 
 typedef struct HfsUpdate {
   int32_t rule;
@@ -28,21 +34,21 @@ typedef struct HfsUpdate {
   int32_t moment_type;  // HFS_NONE (HFS_SGD_PLAIN only), HFS_FP32, HFS_BF16 or HFS_INT8
   int32_t out_type;     // HFS_NONE, HFS_BF16 or HFS_FP16
   int64_t numel;
-  int64_t offset;       // of element 0 in its group, a multiple of HFS_BLOCK
-  uint64_t seed;        // of stochastic rounding
+  int64_t offset;  // of element 0 in its group, a multiple of HFS_BLOCK
+  uint64_t seed;   // of stochastic rounding
   float* master;
   const void* grad;
-  void* first;          // exp_avg, sum or momentum_buffer
-  void* second;         // exp_avg_sq; null where the rule has one moment
-  float* first_scale;   // HFS_INT8: one per HFS_BLOCK elements
+  void* first;         // exp_avg, sum or momentum_buffer
+  void* second;        // exp_avg_sq; null where the rule has one moment
+  float* first_scale;  // HFS_INT8: one per HFS_BLOCK elements
   float* second_scale;
-  void* out;            // null for HFS_NONE
-  const int64_t* stops; // (num_spans,) increasing, the last is numel
-  const float* rows;    // (num_spans, HFS_ROW)
+  void* out;             // null for HFS_NONE
+  const int64_t* stops;  // (num_spans,) increasing, the last is numel
+  const float* rows;     // (num_spans, HFS_ROW)
   int32_t num_spans;
   int32_t num_threads;
   int32_t isa;
-  int32_t reserved;     // 0
+  int32_t reserved;  // 0
 } HfsUpdate;
 
 // Grows with every change of this header or of aio.h: who loads a stale build must notice.

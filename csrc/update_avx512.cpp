@@ -1,7 +1,8 @@
 #if defined(__x86_64__)
 
 #define HFS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c")))
-#define HFS_METHOD __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))) inline
+#define HFS_METHOD \
+  __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))) inline
 #define HFS_INLINE static HFS_METHOD
 
 #include "vector_avx512.h"

@@ -108,8 +108,8 @@ HFS_INLINE void prefetch(const void* values, int32_t type, int64_t i, int64_t nu
 }
 
 template <int kMoment, template <class> class Rule>
-HFS_TARGET void update_span(const Work& work, const Moments& of, const float* row,
-                            int64_t begin, int64_t end) {
+HFS_TARGET void update_span(const Work& work, const Moments& of, const float* row, int64_t begin,
+                            int64_t end) {
   constexpr int64_t kWidth = Vector::kWidth;
   // Copies, whose addresses nobody has: no store through a pointer can change them.
   const Work u = work;
@@ -136,8 +136,8 @@ HFS_TARGET void update_span(const Work& work, const Moments& of, const float* ro
 }
 
 template <template <class> class Rule>
-HFS_TARGET void update_rule(const Work& u, const Moments& moments, int32_t type,
-                            const float* row, int64_t begin, int64_t end) {
+HFS_TARGET void update_rule(const Work& u, const Moments& moments, int32_t type, const float* row,
+                            int64_t begin, int64_t end) {
   if (Rule<Scalar>::kMoments > 0 && type == HFS_BF16) {
     update_span<HFS_BF16, Rule>(u, moments, row, begin, end);
   } else {
@@ -149,15 +149,16 @@ HFS_TARGET void update_rule(const Work& u, const Moments& moments, int32_t type,
 HFS_TARGET void write_out(const Work& u, int64_t begin, int64_t end) {
   if (u.out_type == HFS_NONE) return;
   int64_t i = begin;
-  for (; i < end && i % Vector::kWidth != 0; ++i) store_out<Scalar>(u, i, Scalar::load(u.master + i));
+  for (; i < end && i % Vector::kWidth != 0; ++i)
+    store_out<Scalar>(u, i, Scalar::load(u.master + i));
   for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
     store_out<Vector>(u, i, Vector::load(u.master + i));
   }
   for (; i < end; ++i) store_out<Scalar>(u, i, Scalar::load(u.master + i));
 }
 
-HFS_TARGET void update_part(const Work& u, const Moments& moments, int32_t type,
-                            const float* row, int64_t begin, int64_t end) {
+HFS_TARGET void update_part(const Work& u, const Moments& moments, int32_t type, const float* row,
+                            int64_t begin, int64_t end) {
   if (row[0] == 0.0f) return write_out(u, begin, end);
   switch (u.rule) {
     case HFS_ADAM:
@@ -187,8 +188,8 @@ HFS_INLINE int32_t span_of(const HfsUpdate& u, int64_t element) {
   return low;
 }
 
-HFS_TARGET void update_spans(const Work& u, const Moments& moments, int32_t type,
-                             int64_t begin, int64_t end) {
+HFS_TARGET void update_spans(const Work& u, const Moments& moments, int32_t type, int64_t begin,
+                             int64_t end) {
   int32_t span = span_of(u, begin);
   for (int64_t i = begin; i < end; ++span) {
     const int64_t stop = u.stops[span] < end ? u.stops[span] : end;
@@ -239,8 +240,8 @@ HFS_TARGET void open_block(Block& block, const void* codes, const float* scales,
   memset(block.values + numel, 0, (HFS_BLOCK - numel) * sizeof(float));
 }
 
-HFS_TARGET void close_block(Block& block, void* codes, float* scales, bool is_signed,
-                            int64_t begin, int64_t numel) {
+HFS_TARGET void close_block(Block& block, void* codes, float* scales, bool is_signed, int64_t begin,
+                            int64_t numel) {
   scales[begin / HFS_BLOCK] = is_signed ? encode<Vector, true>(block.values, block.codes)
                                         : encode<Vector, false>(block.values, block.codes);
   memcpy(static_cast<uint8_t*>(codes) + begin, block.codes, numel);

@@ -69,7 +69,9 @@ struct Avx2 {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
   }
-  HFS_INLINE __m256i bf16_nearest(F x) { return upper_halves(x, {to_nearest(x.a), to_nearest(x.b)}); }
+  HFS_INLINE __m256i bf16_nearest(F x) {
+    return upper_halves(x, {to_nearest(x.a), to_nearest(x.b)});
+  }
   HFS_INLINE void store_bf16(uint16_t* at, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), bf16_nearest(x));
   }
@@ -163,9 +165,9 @@ struct Avx2 {
     const __m256i mask = _mm256_set1_epi32(0xFF);
     __m256i packed = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
     packed = _mm256_permute4x64_epi64(packed, 0xD8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(at),
-                     _mm_packus_epi16(_mm256_castsi256_si128(packed),
-                                      _mm256_extracti128_si256(packed, 1)));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(at),
+        _mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
   }
   HFS_INLINE void store_signed(uint8_t* at, F x, F divisor) {
     store_bytes(at, encode_signed(x.a, divisor.a), encode_signed(x.b, divisor.b));

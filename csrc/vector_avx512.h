@@ -60,9 +60,9 @@ struct Avx512 {
     if (__builtin_expect(_mm512_cmp_ps_mask(x.a, x.b, _CMP_UNORD_Q) != 0, 0)) {
       rounded = {quiet_nan(x.a, rounded.a), quiet_nan(x.b, rounded.b)};
     }
-    const __m512i odd = _mm512_set_epi16(
-        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
-        17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i odd =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     return _mm512_permutex2var_epi16(rounded.a, odd, rounded.b);
   }
   HFS_INLINE __m512i to_nearest(__m512 x) {
@@ -71,7 +71,9 @@ struct Avx512 {
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
   }
   // The instruction for it, VCVTNE2PS2BF16, flushes subnormals.
-  HFS_INLINE __m512i bf16_nearest(F x) { return upper_halves(x, {to_nearest(x.a), to_nearest(x.b)}); }
+  HFS_INLINE __m512i bf16_nearest(F x) {
+    return upper_halves(x, {to_nearest(x.a), to_nearest(x.b)});
+  }
   HFS_INLINE void store_bf16(uint16_t* at, F x) { _mm512_storeu_si512(at, bf16_nearest(x)); }
   // Past the caches; `at` starts a cache line.
   HFS_INLINE void stream_bf16(uint16_t* at, F x) {
@@ -86,7 +88,8 @@ struct Avx512 {
   HFS_INLINE __m512i set_bits(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); }
   HFS_INLINE I count_from(uint32_t start) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return {_mm512_add_epi32(set_bits(start), lanes), _mm512_add_epi32(set_bits(start + 16), lanes)};
+    return {_mm512_add_epi32(set_bits(start), lanes),
+            _mm512_add_epi32(set_bits(start + 16), lanes)};
   }
   HFS_INLINE I advance(I counts) {
     const __m512i width = _mm512_set1_epi32(kWidth);
@@ -152,15 +155,13 @@ struct Avx512 {
     const __m512 share = _mm512_div_ps(_mm512_abs_ps(x), divisor);
     const __m512i code = nearest_code(_mm512_sqrt_ps(share), 127.0f);
     const __mmask16 below = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    return _mm512_cvtepi32_epi8(
-        _mm512_mask_sub_epi32(code, below, _mm512_setzero_si512(), code));
+    return _mm512_cvtepi32_epi8(_mm512_mask_sub_epi32(code, below, _mm512_setzero_si512(), code));
   }
   HFS_INLINE __m128i encode_unsigned(__m512 x, __m512 divisor) {
     const __m512 share = _mm512_div_ps(_mm512_abs_ps(x), divisor);
     const __m512i code = nearest_code(_mm512_sqrt_ps(_mm512_sqrt_ps(share)), 255.0f);
     const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_cvtepi32_epi8(
-        _mm512_mask_max_epi32(code, above, code, _mm512_set1_epi32(1)));
+    return _mm512_cvtepi32_epi8(_mm512_mask_max_epi32(code, above, code, _mm512_set1_epi32(1)));
   }
   HFS_INLINE void store_bytes(uint8_t* at, __m128i bytes) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), bytes);

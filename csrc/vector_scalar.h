@@ -32,7 +32,8 @@ HFS_INLINE float float_of_fp16(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16;
   const uint32_t rest = half & 0x7FFFu;
   if (rest >= 0x7C00u) {  // infinity, or a NaN, made quiet
-    return float_of(sign | 0x7F800000u | ((rest & 0x3FFu) << 13) | (rest > 0x7C00u ? 0x400000u : 0));
+    return float_of(sign | 0x7F800000u | ((rest & 0x3FFu) << 13) |
+                    (rest > 0x7C00u ? 0x400000u : 0));
   }
   if (rest >= 0x400u) return float_of(sign | ((rest << 13) + 0x38000000u));
   const float tiny = static_cast<float>(rest) * 0x1p-24f;  // exact: a subnormal half

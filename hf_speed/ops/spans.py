@@ -107,12 +107,11 @@ def span_table(
     spans: Sequence[tuple[int, Row | None]], device: torch.device | str = "cpu"
 ) -> SpanTable:
     """Pack spans, each (stop, row); a row of None leaves its elements untouched."""
-    rows = torch.zeros(len(spans), ROW, dtype=torch.float64)
-    for position, (_, row) in enumerate(spans):
-        if row is not None:
-            rows[position, : 1 + len(row)] = torch.tensor([1.0, *row], dtype=torch.float64)
+    filled = [() if row is None else (1.0, *row) for _, row in spans]
+    numbers = [(*row, *(0.0,) * (ROW - len(row))) for row in filled]
+    rows = torch.tensor(numbers, dtype=torch.float64).float().view(-1, ROW)
     stops = torch.tensor([stop for stop, _ in spans], dtype=torch.int64)
-    return SpanTable(stops.to(device), rows.float().to(device))
+    return SpanTable(stops.to(device), rows.to(device))
 
 
 def require_cover(table: SpanTable, n: int) -> None:

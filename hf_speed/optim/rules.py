@@ -135,16 +135,19 @@ class _Rule:
         Raises:
             ValueError: the tensors do not fit together.
         """
-        rows = [
-            (span.stop, None if span.settings is None else self._row(span, chunk.grad_scale))
-            for span in chunk.spans
-        ]
+        # Most spans of a chunk share the settings and the step of one group.
+        rows: dict[tuple[int, int], Row | None] = {}
+        for span in chunk.spans:
+            key = (id(span.settings), span.step)
+            if key not in rows:
+                touched = span.settings is not None
+                rows[key] = self._row(span, chunk.grad_scale) if touched else None
         update_(
             self._rule,
             chunk.master,
             chunk.grad,
             [self._moment(name, chunk.states) for name in self._moments],
-            span_table(rows),
+            span_table([(each.stop, rows[id(each.settings), each.step]) for each in chunk.spans]),
             out=chunk.out,
             seed=chunk.seed,
             offset=chunk.offset,

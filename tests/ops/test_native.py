@@ -3,12 +3,14 @@
 import ctypes
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from hf_speed.errors import ConfigError
 from hf_speed.ops import native
+from tests.architecture.sources import ROOT
 
 
 def test_the_library_speaks_the_abi_of_the_python_code() -> None:
@@ -43,3 +45,15 @@ def test_a_stale_library_is_refused(tmp_path: Path) -> None:
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(built), str(source)], check=True)
     with pytest.raises(ConfigError, match=r"is of another version \(-7, not \d+\)"):
         native.load(built)
+
+
+def test_every_native_file_is_named_in_the_build() -> None:
+    """A source left out is missing from the library, a header from source distributions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (extension,) = project["tool"]["setuptools"]["ext-modules"]
+    assert extension["sources"] == sorted(_named("*.cpp"))
+    assert extension["depends"] == sorted(_named("*.h"))
+
+
+def _named(pattern: str) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern)]

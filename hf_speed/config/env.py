@@ -100,34 +100,42 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where a container's limits stand."""
+
+
 def host_memory_bytes() -> int:
     """Bytes of host memory that this machine has, or that its control group allows, if less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(total, int(text)) if text.isdigit() else total
+    limit = _control_group_bytes("max")
+    return total if limit is None else min(total, limit)
 
 
 def free_host_bytes() -> int:
     """Bytes of host memory that can still be had: of the machine, and of the control group."""
-    total = host_memory_bytes()
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            total = min(total, int(rest.split()[0]) << 10)
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+    free = _listed(Path("/proc/meminfo"), "MemAvailable:", scale=1 << 10)
+    free = host_memory_bytes() if free is None else free
+    limit, used = _control_group_bytes("max"), _control_group_bytes("current")
+    if limit is not None and used is not None:
         # Cached files count as used, but give way.
-        stat = Path("/sys/fs/cgroup/memory.stat")
-        cached = [
-            int(line.split()[1])
-            for line in (stat.read_text().splitlines() if stat.is_file() else [])
-            if line.startswith("inactive_file ")
-        ]
-        total = min(total, int(limit.read_text()) - int(used.read_text()) + sum(cached))
-    return max(total, 0)
+        cached = _listed(CONTROL_GROUP / "memory.stat", "inactive_file") or 0
+        free = min(free, limit - used + cached)
+    return max(free, 0)
+
+
+def _control_group_bytes(name: str) -> int | None:
+    """A limit or a use of memory; None where there is none."""
+    path = CONTROL_GROUP / f"memory.{name}"
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _listed(path: Path, name: str, *, scale: int = 1) -> int | None:
+    """The number beside `name` in a file of such lines; None where it is not."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next(
+        (int(line.split()[1]) * scale for line in lines if line.split()[:1] == [name]), None
+    )
 
 
 def launch_environment() -> dict[str, str]:

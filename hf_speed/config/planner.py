@@ -164,8 +164,8 @@ def _choice(
 ) -> Choice:
     of_device = found.needed.device + (found.needed.host if memory.shared else 0)
     why = (
-        f"auto: {of_device / GIB:.2f} GiB a rank fit in {limits.device / GIB:.2f} of "
-        f"{memory.device / GIB:.2f} GiB"
+        f"auto: {_gib(of_device)} GiB a rank fit in {_gib(limits.device)} of "
+        f"{_gib(memory.device)} GiB"
     )
     if num_tried > 1:
         why += f", the first of {num_tried} plans that does"
@@ -196,14 +196,14 @@ def _refusal(
         advice.append("set precision.accumulate_dtype='same'")
     advice.append("freeze what is not trained (requires_grad_(False))")
     what = "device and host together" if memory.shared else "device"
-    there = f"{what} {limits.device / GIB:.2f} of {memory.device / GIB:.2f}"
+    there = f"{what} {_gib(limits.device)} of {_gib(memory.device)}"
     if not memory.shared:
-        there += f", host {limits.host / GIB:.2f}"
+        there += f", host {_gib(limits.host)}"
     return (
         f"No plan fits this model. GiB per rank that may be filled: {there}, disk "
-        f"{limits.disk / GIB:.2f}; activations come on top. Needed:\n"
+        f"{_gib(limits.disk)}; activations come on top. Needed:\n"
         f"{_tried_table(tried, limits, shared=memory.shared)}\n"
-        f"Any of these helps: {'; '.join(advice)}."
+        f"What may help: {'; '.join(advice)}."
     )
 
 
@@ -215,7 +215,7 @@ def _tried_table(tried: Sequence[_Tried], limits: TierBytes, *, shared: bool) ->
         if shared:
             over = [sum(amounts[:2]) > limits.device] * 2 + over[2:]
         numbers = "  ".join(
-            f"{amount / GIB:8.2f}{'!' if too_much else ' '}"
+            f"{_gib(amount):>8}{'!' if too_much else ' '}"
             for amount, too_much in zip(amounts, over, strict=True)
         )
         tiers = each.tiers
@@ -224,3 +224,8 @@ def _tried_table(tried: Sequence[_Tried], limits: TierBytes, *, shared: bool) ->
             f"{tiers.parameters:<10}  {numbers}".rstrip()
         )
     return "\n".join([*lines, "  (!: more than there is)"])
+
+
+def _gib(num_bytes: int) -> str:
+    """GiB, two decimals; more where those would be noughts."""
+    return f"{num_bytes / GIB:.2f}" if num_bytes * 100 > GIB else f"{num_bytes / GIB:.2g}"

@@ -155,12 +155,7 @@ def resolve(
     choice = choose(config, needed=needed, memory=memory)
     precision = config.precision
     working = compute_dtype or param_dtype
-    if precision.loss_scale != LossScaleConfig() and working is not torch.float16:
-        raise ConfigError(
-            f"precision.loss_scale is set, but the model computes in {_name(working)}, which needs "
-            "none. Remove it, or compute in fp16 with TrainingArguments(fp16=True) or "
-            "Accelerator(mixed_precision='fp16')."
-        )
+    _check_loss_scale(precision.loss_scale, working)
     return ResolvedConfig(
         world_size=world_size,
         stage=choice.stage,
@@ -219,6 +214,15 @@ def _check_effective(zero: ZeroConfig, stage: int) -> None:
                 f"zero.{name}={value!r} takes effect at stage 3 only, but zero.stage={stage}. "
                 f"Remove zero.{name}, or set zero.stage=3."
             )
+
+
+def _check_loss_scale(loss_scale: LossScaleConfig, working: torch.dtype) -> None:
+    if loss_scale != LossScaleConfig() and working is not torch.float16:
+        raise ConfigError(
+            f"precision.loss_scale is set, but the model computes in {_name(working)}, which needs "
+            "none. Remove it, or compute in fp16 with TrainingArguments(fp16=True) or "
+            "Accelerator(mixed_precision='fp16')."
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

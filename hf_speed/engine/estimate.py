@@ -198,7 +198,8 @@ class Estimator:
             numel = self._layout(group, stage).padded_numel
             if group.trained and self._travels(group):
                 sent[_Buffer(numel, group.wire)] += 1
-                if accumulates and stage < 2:
+                # Those that leave the device do so in every backward.
+                if accumulates and stage < 2 and tiers.gradients == "device":
                     held[_Buffer(numel, group.accumulate)] += 1
             if self._is_gathered(group, stage, tiers):
                 kind = gathered if is_root else ahead if zero.regather else held

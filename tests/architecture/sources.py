@@ -15,10 +15,20 @@ def sources(*folders: str) -> Iterator[tuple[Path, str]]:
                 yield path.relative_to(ROOT), path.read_text(encoding="utf-8")
 
 
-def attributes_read(text: str) -> set[str]:
-    """Every name that `text` reads as `something.name`."""
+def attributes_read(text: str, *, of: str | None = None) -> set[str]:
+    """Every name that `text` reads as `something.name`; with `of`, as `...of.name` only."""
     return {
         node.attr
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and of in (None, _last_name(node.value))
     }
+
+
+def _last_name(node: ast.expr) -> str | None:
+    """`c` of `a.b.c`, and of `c`."""
+    match node:
+        case ast.Attribute(attr=name) | ast.Name(id=name):
+            return name
+    return None

@@ -2,11 +2,11 @@
 
 from dataclasses import fields
 
-from hf_speed.config import ResolvedConfig, known_paths
+from hf_speed.config import ResolvedConfig, ResolvedOffload, known_paths
 from tests.architecture.sources import attributes_read, sources
 
-OF_THE_TABLE = {"param_dtype", "stage_reason"}
-"""Fields of ResolvedConfig that only its printed table shows."""
+OF_THE_TABLE = {"param_dtype", "stage_reason", "reason"}
+"""Fields of ResolvedConfig and ResolvedOffload that only their printed table shows."""
 
 
 def _read_outside_config() -> set[str]:
@@ -27,6 +27,17 @@ def test_every_resolved_field_is_read() -> None:
     names = {entry.name for entry in fields(ResolvedConfig)} - OF_THE_TABLE
     dead = names - _read_outside_config()
     assert not dead, f"no room reads {sorted(dead)}"
+
+
+def test_every_resolved_offload_field_is_read_as_one() -> None:
+    """Its names are common words (`parameters`, `step`): only `offload.name` counts."""
+    read: set[str] = set()
+    for path, text in sources("hf_speed", "integrations"):
+        if path.parts[1] not in {"config", "cli"}:
+            read |= attributes_read(text, of="offload")
+    names = {entry.name for entry in fields(ResolvedOffload)} - OF_THE_TABLE
+    dead = names - read
+    assert not dead, f"no room reads offload.{sorted(dead)}"
 
 
 def test_every_config_field_is_documented() -> None:

@@ -58,7 +58,54 @@ def test_plan_takes_the_stage_of_the_config(
     path = tmp_path / "zero.yaml"
     path.write_text("zero: {stage: 3, units: [LlamaMLP]}")
     assert main(["plan", str(model_directory), "--config", str(path), "-n", "2"]) == 0
-    assert "-> stage 3" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "-> stage 3" in out
+    assert "on the device, which is the host" in out
+
+
+def test_plan_says_where_the_bytes_are_and_what_would_fit(
+    model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(model_directory), "--memory", "150KiB", "--host", "1GiB"]
+    assert main([*words, "--disk", "1GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "offload.optimizer" in out
+    assert "host        moments and masters; auto, with the stage" in out
+    chosen = next(line.split() for line in out.splitlines() if line.startswith("->"))
+    *_, staging, device, host, disk = chosen
+    assert float(host) >= float(staging) == 0.25
+    assert float(device) < 1e-3
+    assert float(disk) == 0
+    assert "of the largest model with blocks like these" in out
+    fits = out.splitlines()[-9:]
+    assert [line.split()[0] for line in fits] == ["device", *["host"] * 3, *["disk"] * 5]
+
+
+def test_plan_compares_stages_on_the_tiers_of_the_config(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "speed.yaml"
+    path.write_text(
+        "zero: {stage: 2}\noffload: {optimizer: disk, gradients: host, parameters: device,\n"
+        f"  paths: [{tmp_path}], staging_bytes: 16777216}}"
+    )
+    words = ["plan", str(model_directory), "--config", str(path), "-n", "2"]
+    assert main([*words, "--memory", "1GiB", "--host", "1GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "-> stage 2" in out
+    assert f"offload.paths               {tmp_path}" in out
+    assert " on the host, " in out
+    assert "The disk" not in out
+
+
+def test_plan_shows_every_plan_where_none_fits(
+    model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(model_directory), "--memory", "16KiB", "--host", "1MiB"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("hf-speed: No plan fits this model.")
+    assert len([line for line in captured.err.splitlines() if line[2:3].isdigit()]) == 16
 
 
 @pytest.mark.parametrize(
@@ -66,6 +113,8 @@ def test_plan_takes_the_stage_of_the_config(
     [
         (["plan", "no/such/model"], "No model config can be read from 'no/such/model'"),
         (["plan", "MODEL", "--memory", "lots"], "--memory 'lots' is not a size"),
+        (["plan", "MODEL", "--disk", "lots"], "--disk 'lots' is not a size"),
+        (["plan", "MODEL", "--host", "1GiB"], "--host is the memory beside a GPU, but here the"),
         (["inspect", "MODEL"], "holds no hf_speed training state"),
         (["export", "MODEL", "OUT"], "there is no model to export"),
     ],

@@ -1,6 +1,7 @@
 """The environment comes in as typed values, is read anew each time, and wrong values are named."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +82,23 @@ def test_overridden_puts_the_old_values_back(monkeypatch: pytest.MonkeyPatch) ->
 def test_machine_has_cores_and_memory() -> None:
     assert 1 <= env.num_cores() <= (os.cpu_count() or 1)
     assert env.host_memory_bytes() > 1 << 28
+    assert 1 << 20 < env.free_host_bytes() < env.host_memory_bytes()
+
+
+def test_free_memory_is_the_control_groups_where_that_is_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env, "CONTROL_GROUP", tmp_path)
+    assert not list(tmp_path.iterdir())
+    everything = env.free_host_bytes()
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("70000000\n")
+    assert env.free_host_bytes() == pytest.approx(everything, rel=0.2)
+    (tmp_path / "memory.max").write_text("100000000\n")
+    assert env.host_memory_bytes() == 100_000_000
+    assert env.free_host_bytes() == 30_000_000
+    # Cached files give way.
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 5000000\n")
+    assert env.free_host_bytes() == 35_000_000
+    (tmp_path / "memory.current").write_text("200000000\n")
+    assert env.free_host_bytes() == 0

@@ -8,7 +8,7 @@ from hf_speed.config import ResolvedOffload, load_config, resolve
 from hf_speed.errors import ConfigError
 
 DEVICE = {"optimizer": "device", "gradients": "device", "parameters": "device"}
-DISK = {"optimizer": "disk", "paths": ["/mnt/a", "/mnt/b"]}
+DISK = {"optimizer": "disk", "paths": ["/fast/a", "/fast/b"]}
 
 
 def _resolved(*, device_type: str = "cuda", **offload: Any) -> ResolvedOffload:
@@ -27,10 +27,10 @@ def test_nothing_leaves_the_device_unasked() -> None:
 @pytest.mark.parametrize("kind", ["optimizer", "gradients", "parameters", "activations"])
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_tiers_are_those_that_are_set(kind: str, tier: str) -> None:
-    resolved = _resolved(**{kind: tier}, paths=["/mnt"])
+    resolved = _resolved(**{kind: tier}, paths=["/fast"])
     assert getattr(resolved, kind) == tier
     assert resolved.moves
-    assert resolved.paths == (("/mnt",) if tier == "disk" else ())
+    assert resolved.paths == (("/fast",) if tier == "disk" else ())
     assert (f"offload.{kind}", tier) in [row[:2] for row in resolved.rows()]
 
 
@@ -53,7 +53,7 @@ def test_the_rest_passes_through() -> None:
         ("offload.gradients", "device"),
         ("offload.parameters", "device"),
         ("offload.activations", "host"),
-        ("offload.paths", "/mnt/a, /mnt/b"),
+        ("offload.paths", "/fast/a, /fast/b"),
         ("offload.staging_bytes", "33554432"),
         ("offload.update", "fused"),
         ("offload.step", "speculative"),
@@ -104,11 +104,11 @@ def test_an_open_optimizer_that_stays_on_the_device_steps_after_the_backward() -
         ({"gradients": "disk"}, r"offload\.gradients='disk' needs a place: set offload\.paths"),
         ({"activations": "disk"}, r"offload\.activations='disk' needs a place"),
         (
-            {**DEVICE, "paths": ["/mnt"]},
-            r"paths=\('/mnt',\) takes no effect: no tier is 'disk' and none is left open",
+            {**DEVICE, "paths": ["/fast"]},
+            r"paths=\('/fast',\) takes no effect: no tier is 'disk' and none is left open",
         ),
         (
-            {**DEVICE, "optimizer": "host", "paths": ["/mnt"]},
+            {**DEVICE, "optimizer": "host", "paths": ["/fast"]},
             r"Remove offload\.paths, or set a tier to 'disk'",
         ),
         ({**DEVICE, "staging_bytes": 1 << 25}, r"staging_bytes=33554432 .*every tier is 'device'"),
@@ -143,6 +143,6 @@ def test_an_update_is_shared_with_a_gpu_only() -> None:
 
 
 def test_what_an_open_tier_may_come_to_need_is_not_refused() -> None:
-    _resolved(paths=["/mnt"], staging_bytes=1 << 25, host_bytes=1 << 30, step="speculative")
+    _resolved(paths=["/fast"], staging_bytes=1 << 25, host_bytes=1 << 30, step="speculative")
     _resolved(**{**DEVICE, "gradients": "host"}, staging_bytes=1 << 25)
-    _resolved(**DEVICE, activations="disk", paths=["/mnt"], activation_min_bytes=4096)
+    _resolved(**DEVICE, activations="disk", paths=["/fast"], activation_min_bytes=4096)

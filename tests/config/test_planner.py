@@ -50,9 +50,9 @@ def test_the_fastest_plan_that_fits(memory: Memory, stage: int, tiers: tuple[str
 def test_disk_is_used_only_where_paths_are() -> None:
     with pytest.raises(ConfigError, match="No plan fits"):
         _chosen(_gib(2, 1, 64))
-    choice = _chosen(_gib(2, 1, 64), offload={"paths": ["/mnt"]})
+    choice = _chosen(_gib(2, 1, 64), offload={"paths": ["/fast"]})
     assert choice.tiers == ("disk", "host", "device")
-    assert _chosen(_gib(1.5, 0, 64), offload={"paths": ["/mnt"]}).tiers == ("disk",) * 3
+    assert _chosen(_gib(1.5, 0, 64), offload={"paths": ["/fast"]}).tiers == ("disk",) * 3
 
 
 def test_what_is_set_stays() -> None:
@@ -95,7 +95,7 @@ def test_cpu_has_one_memory_and_host_is_not_tried() -> None:
 
 
 def test_host_bytes_bound_the_cpu() -> None:
-    offload = {"paths": ["/mnt"]}
+    offload = {"paths": ["/fast"]}
     memory = _gib(100, 0, 64, shared=True)
     assert _chosen(memory, offload=offload).tiers.count("disk") == 0
     small = {**offload, "host_bytes": 3 * GIB}
@@ -105,13 +105,13 @@ def test_host_bytes_bound_the_cpu() -> None:
 
 def test_nothing_fits_shows_every_plan_against_what_there_is() -> None:
     text = _refusal(_gib(1, 2), zero={"stage": 2})
-    assert "may be filled: device 0.80 of 1.00, host 2.00, disk 0.00" in text
+    assert "may be filled: device 0.80 of 1.00, host 2.00, disk 0" in text
     rows = [line.split() for line in text.splitlines() if line.startswith("  2")]
     assert rows == [
-        ["2", "device", "device", "device", "7.00!", "0.00", "0.00"],
-        ["2", "host", "device", "device", "4.00!", "3.00!", "0.00"],
-        ["2", "host", "host", "device", "3.00!", "4.00!", "0.00"],
-        ["2", "host", "host", "host", "1.00!", "6.00!", "0.00"],
+        ["2", "device", "device", "device", "7.00!", "0", "0"],
+        ["2", "host", "device", "device", "4.00!", "3.00!", "0"],
+        ["2", "host", "host", "device", "3.00!", "4.00!", "0"],
+        ["2", "host", "host", "host", "1.00!", "6.00!", "0"],
     ]
     for help_ in ("zero.stage=3", "add ranks", "offload.paths", "'int8'", "requires_grad_(False)"):
         assert help_ in text
@@ -120,5 +120,5 @@ def test_nothing_fits_shows_every_plan_against_what_there_is() -> None:
 
 def test_nothing_fits_on_a_cpu_speaks_of_one_memory() -> None:
     text = _refusal(_gib(1, shared=True))
-    assert "may be filled: device and host together 0.80 of 1.00, disk 0.00" in text
+    assert "may be filled: device and host together 0.80 of 1.00, disk 0" in text
     assert len([line for line in text.splitlines() if line[2:3].isdigit()]) == 4

@@ -39,7 +39,7 @@ def test_open_stage_is_the_smallest_that_fits_80_percent(memory_bytes: int, stag
 def test_stage_says_why() -> None:
     assert _resolved({"zero": {"stage": 2}}).stage_reason == "set"
     assert _resolved({}, memory_bytes=3 << 30).stage_reason == (
-        "auto: 0.00 GiB a rank fit in 2.40 of 3.00 GiB"
+        "auto: 1.5e-06 GiB a rank fit in 2.40 of 3.00 GiB"
     )
     assert _resolved({}, memory_bytes=500).stage_reason.endswith("the first of 4 plans that does")
 

@@ -58,7 +58,10 @@ from hf_speed.errors import ConfigError
         ({"offload": {"gradients": "nvme"}}, r"offload\.gradients='nvme' is not a choice"),
         ({"offload": {"parameters": True}}, r"offload\.parameters=True is not a choice"),
         ({"offload": {"activations": 1}}, r"offload\.activations=1 is not a choice"),
-        ({"offload": {"paths": "/mnt"}}, r"offload\.paths='/mnt' is of type str.*a list of direct"),
+        (
+            {"offload": {"paths": "/fast"}},
+            r"offload\.paths='/fast' is of type str.*a list of direct",
+        ),
         ({"offload": {"paths": [""]}}, r"offload\.paths=\[''\] is of type list: it must be a list"),
         ({"offload": {"paths": ["a", "a"]}}, r"paths names a more than once.*a disk of its own"),
         ({"offload": {"staging_bytes": 1}}, r"staging_bytes=1 is out of range.*16777216 to"),
@@ -96,9 +99,9 @@ def test_values_are_checked_without_a_file_too() -> None:
 def test_config_is_a_value() -> None:
     config = SpeedConfig(
         zero=ZeroConfig(stage=3, units=["Block"]),  # pyrefly: ignore
-        offload=OffloadConfig(paths=["/mnt"]),  # pyrefly: ignore
+        offload=OffloadConfig(paths=["/fast"]),  # pyrefly: ignore
     )
-    tree = {"zero": {"stage": 3, "units": ["Block"]}, "offload": {"paths": ["/mnt"]}}
+    tree = {"zero": {"stage": 3, "units": ["Block"]}, "offload": {"paths": ["/fast"]}}
     assert config == load_config(tree)
     assert hash(config) == hash(load_config(config.to_dict()))
     with pytest.raises(AttributeError):

@@ -1,8 +1,8 @@
-"""Makes the modules of scripts/bench and of the quickstart importable, as among themselves."""
+"""Makes the modules of scripts/bench, dev and the quickstart importable, as among themselves."""
 
 import sys
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-for folder in ("bench", "recipes/quickstart"):
+for folder in ("bench", "dev", "recipes/quickstart"):
     sys.path.append(str(SCRIPTS / folder))

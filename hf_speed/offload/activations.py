@@ -234,7 +234,8 @@ class ActivationOffload:
         self._sweep()
 
     def _watch(self, thing: Handle | Saved, end: int | _Death) -> None:
-        weakref.finalize(thing, _tell, weakref.ref(self), end).atexit = False
+        finalizer = weakref.finalize(thing, _tell, weakref.ref(self), end)
+        finalizer.atexit = False  # pyrefly: ignore - typeshed has it in no slot
 
     def _see_to_ends(self) -> None:
         while self._ended:

@@ -10,6 +10,7 @@ Between a disk and a GPU lie the fixed buffers of a `StagingPool`, see staged.py
 
 import errno
 import functools
+import logging
 import threading
 import weakref
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hf_speed.config import Tier
 from hf_speed.errors import OffloadError
+from hf_speed.logs import get_logger
 from hf_speed.offload.flight import InFlight, Transfer
 from hf_speed.offload.pool import StagingPool
 from hf_speed.offload.regions import Regions, Written, page_ceil, page_floor
@@ -28,6 +30,8 @@ from hf_speed.offload.rundir import free_bytes, make_all, unusable
 from hf_speed.offload.staged import StagedMover, StagedTransfer
 from hf_speed.offload.store import DONE, Ledger, Row, Ticket, in_words
 from hf_speed.ops.aio import AioFile, AioQueue
+
+_log = get_logger(__name__)
 
 
 class DiskStore:
@@ -68,9 +72,16 @@ class DiskStore:
         except OSError as error:
             for each in directories:
                 each.close()
-            raise unusable(self._paths[0], error) from error
+            raise unusable(self._path_of(error), error) from error
         self._directories = directories
         self.direct = self._file.direct
+        if not self.direct:
+            _log.log_once(
+                logging.WARNING,
+                "offload.paths: the file system of %s has no direct I/O. What is written there "
+                "also fills host memory, as page cache; name a directory on a local disk.",
+                ", ".join(map(str, self._paths)),
+            )
         self._owns_queue = queue is None
         self._queue = AioQueue() if queue is None else queue
         self._io = RowFile(self._file, self._queue)
@@ -203,13 +214,19 @@ class DiskStore:
             self._file.grow(nbytes)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise unusable(self._paths[0], error) from error
+                raise unusable(self._path_of(error), error) from error
             free = ", ".join(f"{path}: {in_words(free_bytes(path))}" for path in self._paths)
             raise OffloadError(
                 f"the disk tier is full: {row.key!r} needs {in_words(nbytes - self._file.nbytes)} "
                 f"more, and free are {free} ({error.strerror}). Make room, add a directory on "
                 f"another disk to offload.paths, or keep a kind of state on another tier."
             ) from error
+
+    def _path_of(self, error: OSError) -> Path:
+        """Which of the paths an error is about; the fullest, if it does not say."""
+        about = Path(str(error.filename))
+        named = [path for path in self._paths if about.is_relative_to(path)]
+        return min(named or self._paths, key=free_bytes)
 
     def _report(self) -> None:
         """Look at what has ended; raise the error of a commit that nobody has heard of."""

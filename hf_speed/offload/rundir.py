@@ -7,6 +7,7 @@ The kernel lets go of the lock with the process, however it ends. So whoever get
 directory knows that its run is dead, and removes it; nothing of it is ever read.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -167,7 +168,8 @@ def _claim(parent: Path) -> tuple[Path, int]:
         except FileNotFoundError:
             continue  # a sweep came before the lock was made
         except OSError:
-            directory.rmdir()
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                _empty(directory)
             raise
     raise OSError(errno.EBUSY, f"another run removed {_ATTEMPTS} new directories", str(parent))
 

@@ -125,11 +125,12 @@ class StagedMover:
 
     def close(self) -> None:
         """Finish what was submitted, then end the thread."""
+        if os.getpid() != self._pid:
+            return  # a fork has no thread to end, and its lock may be held for ever
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if os.getpid() == self._pid:
-            self._thread.join()
+        self._thread.join()
 
     def _work(self) -> None:
         while True:

@@ -76,6 +76,16 @@ _NEW_TENSORS = ("empty_like", "zeros_like", "ones_like", "full_like")
 """What optimizers (Adagrad) make their state with before they are bound: only the shape counts."""
 
 
+MOVES = frozenset(
+    getattr(Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16")
+)
+"""What `model.to()` and its kin call; allowed where they move nothing."""
+_SAME_TWICE = frozenset(
+    (Tensor.data.__set__, torch._has_compatible_shallow_copy_type)  # type: ignore[attr-defined]
+)
+"""What they do next, with what came of it: nothing, where that is the parameter itself."""
+
+
 def _metadata_functions() -> frozenset[Any]:
     allowed: set[Any] = {torch.is_floating_point, torch.is_complex, torch.numel}
     allowed.update(getattr(torch, name) for name in _NEW_TENSORS)
@@ -125,9 +135,25 @@ class ShardedParameter(nn.Parameter):
         if func in cls._metadata:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in MOVES and moves_nothing(func, args, kwargs or {}):
+            return args[0]
+        if func in _SAME_TWICE and args[0] is args[1]:
+            return True
         # Not `or`: the truth of a parameter is one of the reads that end here.
         released = next(_released([*args, *(kwargs or {}).values()]), None)
         raise _read_error(released, getattr(func, "__name__", str(func)))
+
+
+def moves_nothing(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether `tensor.to(...)` and its kin would leave a tensor where and what it is."""
+    with torch._C.DisableTorchFunctionSubclass():
+        mine = args[0]
+        # Tried on a tensor without elements: a placeholder that moved would be as large as it says.
+        probe = torch.empty((0,) * mine.dim(), dtype=mine.dtype, device=mine.device)
+        moved = func(probe, *args[1:], **kwargs)
+        return moved.device == probe.device and moved.dtype == probe.dtype
 
 
 def _released(values: Any) -> Any:

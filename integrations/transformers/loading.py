@@ -32,7 +32,7 @@ from hf_speed.errors import ConfigError, ShardedParameterError
 from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.collectives import all_gather_flat
-from hf_speed.zero.parameter import ShardedParameter, placeholder_of
+from hf_speed.zero.parameter import MOVES, ShardedParameter, moves_nothing, placeholder_of
 
 MIN_SLICED_NUMEL = 1024
 """Smaller parameters are loaded whole: slicing them saves nothing and costs a collective each."""
@@ -52,7 +52,8 @@ class WaitingParameter(ShardedParameter):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Let metadata through, refuse everything else."""
-        if func in cls._metadata:
+        stays = func in MOVES and moves_nothing(func, args, kwargs or {})
+        if func in cls._metadata or stays:
             return super().__torch_function__(func, types, args, kwargs)
         raise ShardedParameterError(
             f"{getattr(func, '__name__', func)} needs the values of a parameter that was loaded in "

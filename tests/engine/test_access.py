@@ -219,6 +219,22 @@ def test_a_copy_is_a_plain_model_and_at_stage_3_needs_gathered() -> None:
     run_ranks(_copies, 2)
 
 
+def _moves_to_where_it_is() -> None:
+    for stage in STAGES:
+        model, _, optimizer = _prepared(stage)
+        _step(model, optimizer, 0)
+        assert model.cpu() is model.to("cpu") is model.float() is model
+        _step(model, optimizer, 1)
+    model, _, _ = _prepared(3)
+    assert model.to("cpu:0", torch.float32) is model
+    with pytest.raises(ShardedParameterError, match=r"hf_speed\.gathered"):
+        model.to("meta")
+
+
+def test_moving_a_model_to_where_it_is_changes_nothing() -> None:
+    run_ranks(_moves_to_where_it_is, 2)
+
+
 def _moves() -> None:
     rows = tower_rows(0)
     for stage in STAGES:

@@ -192,7 +192,9 @@ class ActivationOffload:
         self._store.allocate(key, memory.numel(), torch.uint8, zeros=False)
         ticket = self._store.commit(key, memory)
         if not ticket.done():
-            self._leaving[key] = _Leaving(memory, tensor, tensor._version, ticket)
+            # Detached it counts the same versions, and does not keep the graph alive.
+            alias = tensor.detach()
+            self._leaving[key] = _Leaving(memory, alias, alias._version, ticket)
             self._leaving_bytes += memory.nbytes
         return Saved(key, span, tensor._version, tensor.device)
 

@@ -58,7 +58,8 @@ class DiskTransfer:
                 try:
                     part.wait()
                 except OSError as fault:
-                    self._fault = self._fault or fault
+                    # Without its traceback, which would keep the callers' tensors alive.
+                    self._fault = self._fault or fault.with_traceback(None)
             self._parts = ()
             if self._edge is not None and self._fault is None:
                 target, source = self._edge

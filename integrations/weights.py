@@ -51,10 +51,10 @@ def full_weights(
 def full_state_dict(engine: Engine) -> dict[str, Tensor]:
     """What `model.state_dict()` would be. Collective.
 
-    Stages 0 to 2: on every rank, without a copy where no dtype changes. Stage 3: on rank 0 in host
-    memory, and {} on the others.
+    Where every rank keeps all parameters in memory (stages 0 to 2): on every rank, without a copy
+    where no dtype changes. Elsewhere: on rank 0 in host memory, and {} on the others.
     """
-    is_sharded = engine.config.stage == 3
+    is_sharded = engine.is_sharded
     keeps = not is_sharded or engine.mesh.world.rank == 0
     dtype = file_dtype(engine)
     weights: dict[str, Tensor] = {}

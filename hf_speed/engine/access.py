@@ -99,12 +99,14 @@ class Access:
             journal=self._parts.mesh.journal,
         )
         new = group.part_of(group.full)
-        if old is None:
-            if new.data_ptr() != group.master.data_ptr():
-                group.master.copy_(new)
-            return
-        changed = new != old
-        group.master[changed] = new[changed].to(group.master.dtype)
+        with group.in_memory(modify=True):
+            if old is None:
+                if new.data_ptr() != group.master.data_ptr():
+                    group.master.copy_(new)
+                return
+            changed = new != old
+            values = new[changed].to(device=group.master.device, dtype=group.master.dtype)
+            group.master[changed.to(group.master.device)] = values
 
     def full_parameters(
         self, names: Sequence[str] | None, *, master: bool
@@ -123,9 +125,17 @@ class Access:
     def _full_values(self, group: FlatGroup, *, master: bool) -> Tensor:
         if group.full is not None and not (master and group.dtypes.master != group.dtypes.compute):
             return group.full
-        dtype = group.dtypes.master if master else group.dtypes.compute
+        apart = master and group.dtypes.master != group.dtypes.compute
+        dtype = group.dtypes.master if apart else group.dtypes.compute
         full = torch.empty(group.layout.padded_numel, dtype=dtype, device=group.device)
-        group.part_of(full).copy_(group.master)
+        if apart:
+            with group.in_memory():
+                group.part_of(full).copy_(group.master)
+        else:
+            for ticket in group.fetch_into(full):
+                ticket.wait()
+            if group.sources and not group.divided:
+                return full
         return all_gather_flat(
             full, group=group.axes.gather, journal=self._parts.mesh.journal
         ).wait()
@@ -142,7 +152,8 @@ class Access:
             raise EngineError(
                 f"{name} has shape {slot.shape}, but the new value has {tuple(value.shape)}."
             )
-        group.store(slot, value)
+        with group.in_memory(modify=True):
+            group.store(slot, value)
 
     def gradient(self, name: str) -> Tensor | None:
         """A copy of one whole gradient as the optimizer will see it; None if no rank has one."""
@@ -151,13 +162,14 @@ class Access:
         index = group.layout.slots.index(slot)
         if not (group.trainable and self._parts.reducer.has_gradient(group, index)):
             return None
-        return whole_tensor(
-            group,
-            slot,
-            lambda piece: piece.grad,
-            dtype=group.dtypes.master,
-            journal=self._parts.mesh.journal,
-        )
+        with self._parts.stepper.gradients.exposed(group):
+            return whole_tensor(
+                group,
+                slot,
+                lambda piece: piece.grad,
+                dtype=group.dtypes.master,
+                journal=self._parts.mesh.journal,
+            )
 
     def set_gradient(self, name: str, value: Tensor) -> None:
         """Overwrite one gradient, after the backward and before the step."""
@@ -174,19 +186,23 @@ class Access:
                 piece.grad = torch.zeros_like(piece)
             return piece.grad
 
-        set_parts(group, slot, value, grad_of)
+        gradients = self._parts.stepper.gradients
+        gradients.settle()
+        with gradients.exposed(group, modify=True):
+            set_parts(group, slot, value, grad_of)
 
     def optimizer_state(self, name: str, key: str, optimizer: torch.optim.Optimizer) -> Tensor:
         """A copy of one whole moment of a parameter, for example key="exp_avg"."""
         _, group, slot = self.locate(name)
         self._require_state(name, key, optimizer)
-        return whole_tensor(
-            group,
-            slot,
-            lambda piece: optimizer.state[piece].get(key),
-            dtype=group.dtypes.master,
-            journal=self._parts.mesh.journal,
-        )
+        with self._parts.stepper.exposed(group):
+            return whole_tensor(
+                group,
+                slot,
+                lambda piece: optimizer.state[piece].get(key),
+                dtype=group.dtypes.master,
+                journal=self._parts.mesh.journal,
+            )
 
     def set_optimizer_state(
         self, name: str, key: str, value: Tensor, optimizer: torch.optim.Optimizer
@@ -200,7 +216,8 @@ class Access:
                 state[key] = torch.zeros_like(piece)
             return state[key]
 
-        set_parts(group, slot, value, state_of)
+        with self._parts.stepper.exposed(group, modify=True):
+            set_parts(group, slot, value, state_of)
 
     def _require_state(self, name: str, key: str, optimizer: torch.optim.Optimizer) -> None:
         """Raise on every rank if the optimizer keeps no `key` for the parameters here."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_speed.config import ResolvedConfig, SpeedConfig
 from hf_speed.engine.planning import group_specs, plan, precision_of
+from hf_speed.engine.tiers import MemoryTiers
 from hf_speed.logs import get_logger
 from hf_speed.mesh import Lane, ParallelMesh
 from hf_speed.mesh.axes import IDENTITY
@@ -24,7 +25,7 @@ from hf_speed.zero.parameter import ShardedParameter, released_class
 from hf_speed.zero.pool import BufferPool
 from hf_speed.zero.precision import LossScaler, precision_table
 from hf_speed.zero.reduce import Reducer
-from hf_speed.zero.step import Stepper
+from hf_speed.zero.step import StepAxes, Stepper
 from hf_speed.zero.units import plan_units
 
 _log = get_logger(__name__)
@@ -43,6 +44,7 @@ class Parts(NamedTuple):
     stepper: Stepper
     hooks: UnitHooks
     scaler: LossScaler | None
+    tiers: MemoryTiers
 
 
 class Callbacks(NamedTuple):
@@ -75,8 +77,9 @@ def assemble(
         journal=Journal(enabled=resolved.journal),
     )
     equalise(model, mesh)
-    pool = BufferPool(device)
-    units = _build_units(model, config, resolved, mesh, device=device)
+    pool = BufferPool(device, aligned="disk" in resolved.offload.tiers)
+    tiers = MemoryTiers(resolved.offload, device=device)
+    units = _build_units(model, config, resolved, mesh, tiers=tiers)
     groups = [group for unit in units for group in unit.groups]
     # Gradients become ready from the last unit to the first; the root's embedding comes last.
     backward = [g for unit in [*units[-2::-1], units[-1]] for g in unit.groups if g.trainable]
@@ -89,9 +92,12 @@ def assemble(
         backward,
         gatherer=gatherer,
         reducer=reducer,
+        pool=pool,
         scaler=scaler,
-        shard_axis=mesh.axis("dp_shard") if resolved.stage else IDENTITY,
-        data_axis=mesh.axis("dp_replicate", "dp_shard"),
+        axes=StepAxes(
+            shard=mesh.axis("dp_shard") if resolved.stage else IDENTITY,
+            data=mesh.axis("dp_replicate", "dp_shard"),
+        ),
         journal=mesh.journal,
         device=device,
     )
@@ -103,9 +109,12 @@ def assemble(
         is_syncing=callbacks.is_syncing,
         on_forward=callbacks.on_forward,
         on_backward_end=callbacks.on_backward_end,
+        activations=tiers.activations,
     )
     _report(model, resolved, groups, num_units=len(units))
-    return Parts(resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler)
+    return Parts(
+        resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler, tiers
+    )
 
 
 def _report(
@@ -146,7 +155,7 @@ def _build_units(
     resolved: ResolvedConfig,
     mesh: ParallelMesh,
     *,
-    device: torch.device,
+    tiers: MemoryTiers,
 ) -> list[Unit]:
     precision = precision_of(model, config, compute_dtype=resolved.compute_dtype)
     axes = _axes(resolved.stage, mesh)
@@ -156,7 +165,7 @@ def _build_units(
     units = []
     for each in plans:
         groups = [
-            _build_group(spec, axes, resolved.stage, device=device, released=released)
+            _build_group(spec, axes, resolved.stage, tiers=tiers, released=released)
             for spec in group_specs(each, precision)
         ]
         units.append(Unit(each, groups))
@@ -179,9 +188,16 @@ def _build_group(
     axes: GroupAxes,
     stage: int,
     *,
-    device: torch.device,
+    tiers: MemoryTiers,
     released: type[ShardedParameter],
 ) -> FlatGroup:
-    group = FlatGroup(spec, axes=axes, resident=stage < 3, device=device, released=released)
+    group = FlatGroup(
+        spec,
+        axes=axes,
+        divided=stage == 3,
+        device=tiers.device,
+        released=released,
+        tiers=tiers.of_groups,
+    )
     group.adopt()
     return group

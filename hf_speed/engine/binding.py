@@ -32,16 +32,21 @@ class OptimizerBinding:
                 f"This {type(optimizer).__name__} holds no parameter of the prepared model, so its "
                 f"steps would change nothing. Make it from model.parameters() of the same model."
             )
-        if any(group.axes.gather.size > 1 for group in parts.groups):
+        streams = any(group.streams for group in parts.groups)
+        if streams or any(group.axes.gather.size > 1 for group in parts.groups):
             require_elementwise(optimizer, stage=parts.config.stage)
         repoint(optimizer, _pieces_by_parameter(parts.groups))
-        parts.stepper.watch(optimizer)
+        self._updates = parts.tiers.updates_for(optimizer, parts.groups) if streams else None
+        parts.stepper.watch(optimizer, self._updates)
 
     def release(self) -> None:
         """Give the optimizer its whole parameters and whole states back. Collective."""
-        self._parts.stepper.unwatch()
         for group in self._parts.groups:
-            self._restore_states(group)
+            with self._parts.stepper.exposed(group):
+                self._restore_states(group)
+        self._parts.stepper.unwatch()
+        if self._updates is not None:
+            self._updates.close()
         for group, params in zip(self.optimizer.param_groups, self._original, strict=True):
             group["params"][:] = params
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_speed.zero.gradient import ShardedGradient
+from hf_speed.zero.stand_ins import ShardedGradient
 
 
 class ClearGradients:

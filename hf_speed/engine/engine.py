@@ -11,7 +11,7 @@ engine.detach()                           # plain model and optimizer again
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,12 @@ from hf_speed.engine.binding import OptimizerBinding
 from hf_speed.engine.clearing import unwrap_zero_grad, wrap_zero_grad
 from hf_speed.engine.generation import unwrap_generate, wrap_generate
 from hf_speed.engine.link import attach_link, engine_of, remove_link
+from hf_speed.engine.parking import ParkedStates
 from hf_speed.engine.report import peak_bytes
 from hf_speed.engine.state import load_engine, save_engine
 from hf_speed.errors import EngineError
 from hf_speed.mesh import ParallelMesh
+from hf_speed.zero.group import FlatGroup
 
 SliceReader = Callable[[str, int, int], Tensor | None]
 """(name, start, numel) -> [start, start + numel) of the flattened parameter, or None to keep it."""
@@ -67,6 +69,7 @@ class Engine:
         self._device = device
         self._binding: OptimizerBinding | None = None
         self._gathered_depth = 0
+        self._parked: ParkedStates | None = None
         self._take_over()
 
     @classmethod
@@ -118,9 +121,10 @@ class Engine:
         pieces = (piece for group in self._parts.groups for piece in group.pieces)
         wrap_zero_grad(self.model, pieces)
         self._link = attach_link(self.model, self)
-        sharded = any(group.is_sharded for group in self._parts.groups)
         self._generating = (
-            wrap_generate(self.model, self.gathered, self.config.generate) if sharded else []
+            wrap_generate(self.model, self.gathered, self.config.generate)
+            if self.is_sharded
+            else []
         )
 
     @property
@@ -137,6 +141,11 @@ class Engine:
     def parts(self) -> Parts:
         """What the engine is made of, for the rooms that save and report."""
         return self._parts
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether values are away, on other ranks or another tier, while no module computes."""
+        return any(group.is_sharded for group in self._parts.groups)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -175,6 +184,7 @@ class Engine:
     def release_optimizer(self) -> None:
         """Give a bound optimizer its whole parameters back. Collective."""
         if self._binding is not None:
+            self._parts.stepper.settle()
             self._binding.release()
             self._binding = None
 
@@ -202,6 +212,7 @@ class Engine:
             modify: keep changes. Rank 0's values count. Inside, modules may be replaced or resized
                 (with names=None): the engine takes the model over anew on leaving.
         """
+        self._parts.stepper.settle()
         replaced: list[tuple[nn.Parameter, nn.Parameter]] | None = None
         resized: list[tuple[nn.Parameter, Tensor]] = []
         self._gathered_depth += 1
@@ -294,6 +305,7 @@ class Engine:
             names: which; None is all.
             master: in the precision that the optimizer updates, where that is higher.
         """
+        self._parts.stepper.settle()
         return self._access.full_parameters(names, master=master)
 
     def load_parameters(self, read: SliceReader) -> None:
@@ -301,17 +313,10 @@ class Engine:
 
         At stages 0 to 2 every rank reads every parameter whole. No collective.
         """
+        self._parts.stepper.settle()
         for group in self._parts.groups:
-            if group.full is not None:
-                for slot in group.layout.slots:
-                    value = read(slot.name, 0, slot.numel)
-                    if value is not None:
-                        group.store(slot, value)
-                continue
-            for piece in group.slot_pieces:
-                value = read(group.layout.slots[piece.index].name, piece.start, piece.numel)
-                if value is not None:
-                    group.master_values(piece).copy_(value)
+            with group.in_memory(modify=True):
+                _load_group(group, read)
         self._parts.gatherer.invalidate()
 
     def load_full_parameters(self, source: Callable[[str], Tensor | None]) -> None:
@@ -325,10 +330,12 @@ class Engine:
 
     def get_full_parameter(self, name: str) -> Tensor:
         """A copy of one whole parameter, in master precision. Collective."""
+        self._parts.stepper.settle()
         return self._access.parameter(name)
 
     def set_full_parameter(self, name: str, value: Tensor) -> None:
         """Overwrite one parameter with the same value on every rank."""
+        self._parts.stepper.settle()
         self._access.set_parameter(name, value)
 
     def get_full_grad(self, name: str) -> Tensor | None:
@@ -341,10 +348,12 @@ class Engine:
 
     def get_full_optimizer_state(self, name: str, key: str) -> Tensor:
         """A copy of one whole optimizer state, for example key="exp_avg". Collective."""
+        self._parts.stepper.settle()
         return self._access.optimizer_state(name, key, self._require_optimizer())
 
     def set_full_optimizer_state(self, name: str, key: str, value: Tensor) -> None:
         """Overwrite one whole optimizer state with the same value on every rank."""
+        self._parts.stepper.settle()
         self._access.set_optimizer_state(name, key, value, self._require_optimizer())
 
     def _require_optimizer(self) -> Optimizer:
@@ -354,6 +363,7 @@ class Engine:
 
     def save(self, directory: str) -> None:
         """Write masters, optimizer state, loss scale and RNG to directory/hf_speed. Collective."""
+        self._parts.stepper.settle()
         save_engine(self, directory)
 
     def load(self, directory: str) -> None:
@@ -361,6 +371,7 @@ class Engine:
 
         The weights are not part of it: load them first, from the Hub files beside it.
         """
+        self._parts.stepper.settle()
         load_engine(self, directory)
 
     def stats(self) -> StepStats:
@@ -370,10 +381,49 @@ class Engine:
             grad_norm=None if norm is None else float(norm),
             loss_scale=self.loss_scale,
             bytes_sent=self._parts.mesh.journal.total_bytes_sent,
-            peak_bytes=peak_bytes(self._device),
+            peak_bytes={**peak_bytes(self._device), **self._parts.tiers.peak_bytes},
         )
 
+    def offload_states(
+        self, tier: Literal["host", "disk"] = "host", *, paths: Sequence[str] = ()
+    ) -> int:
+        """Free the device: parameters, masters and optimizer states go to another tier.
+
+        Gradients are cleared, as by zero_grad(). No collective; call it on every rank.
+
+        Args:
+            tier: where to.
+            paths: directories of the disk tier; none: offload.paths of the config.
+
+        Returns:
+            Bytes that this rank has parked.
+
+        Raises:
+            EngineError: they are parked already, or a scope of gathered() is open.
+            OffloadError: the tier has no room.
+        """
+        self._parts.stepper.settle()
+        if self._gathered_depth:
+            raise EngineError("offload_states() inside gathered(): leave that scope first.")
+        store = self._parts.tiers.new_store(tier, paths)
+        self._parked = ParkedStates(self._parts, self.optimizer, store)
+        self._parts.stepper.is_parked = True
+        return self._parked.num_bytes
+
+    def reload_states(self) -> None:
+        """Bring back what `offload_states` parked.
+
+        Raises:
+            EngineError: nothing is parked.
+        """
+        if self._parked is None:
+            raise EngineError("Nothing is parked: call offload_states() before reload_states().")
+        parked, self._parked = self._parked, None
+        parked.reload(self.optimizer)
+        self._parts.stepper.is_parked = False
+
     def _check_in_place(self) -> None:
+        self._parts.stepper.check_not_parked()
         for group in self._parts.groups:
             group.check_in_place()
 
@@ -386,11 +436,27 @@ class Engine:
         for group in self._parts.groups:
             full = self._access._full_values(group, master=True)
             group.restore(full)
+            group.free()
         self._parts.hooks.remove()
+        self._parts.tiers.close()
         unwrap_generate(self._generating)
         unwrap_zero_grad(self.model)
         remove_link(self.model, self._link)
         self._parts.mesh.close()
+
+
+def _load_group(group: FlatGroup, read: SliceReader) -> None:
+    """Fill what this rank keeps of a group, which is in memory."""
+    if group.full is not None and not group.divided:
+        for slot in group.layout.slots:
+            value = read(slot.name, 0, slot.numel)
+            if value is not None:
+                group.store(slot, value)
+        return
+    for piece in group.slot_pieces:
+        value = read(group.layout.slots[piece.index].name, piece.start, piece.numel)
+        if value is not None:
+            group.master_values(piece).copy_(value)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -33,6 +34,37 @@ def gathered(
     """
     engine = engine_of(model)
     return nullcontext() if engine is None else engine.gathered(names, modify=modify)
+
+
+def offload_states(
+    model: nn.Module, tier: Literal["host", "disk"] = "host", *, paths: Sequence[str] = ()
+) -> int:
+    """Free the device memory of a prepared model: parameters, masters, optimizer states.
+
+    Gradients are cleared. No collective; call it on every rank.
+
+    Args:
+        model: prepared by hf_speed.
+        tier: where to.
+        paths: directories of the disk tier; none: offload.paths of the config.
+
+    Returns:
+        Bytes that this rank has parked.
+
+    Raises:
+        EngineError: the model has no engine, is parked already, or is inside `gathered`.
+        OffloadError: the tier has no room.
+    """
+    return _engine(model).offload_states(tier, paths=paths)
+
+
+def reload_states(model: nn.Module) -> None:
+    """Bring back what `offload_states` took away.
+
+    Raises:
+        EngineError: the model has no engine, or nothing is parked.
+    """
+    _engine(model).reload_states()
 
 
 def get_full_parameter(model: nn.Module, name: str) -> Tensor:

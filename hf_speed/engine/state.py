@@ -47,22 +47,27 @@ def save_engine(engine: "Engine", directory: str) -> None:
 
 def local_states(parts: Parts, optimizer: Optimizer | None) -> Iterator[LocalState]:
     """What this rank has to save: of equal copies, the first replica's only."""
-    for holding in holdings(parts.groups):
-        group, slot, piece, slot_piece = holding
-        if group.axes.replica.rank != 0:
-            continue
-        values = dict(tensor_states(optimizer, piece)) if optimizer is not None else {}
-        if group.dtypes.master != group.dtypes.compute:
-            values[MASTER] = piece.detach()
-        for kind, value in sorted(values.items()):
-            yield LocalState(
-                slot.name,
-                kind,
-                slot.shape,
-                slot_piece.start,
-                slot_piece.numel,
-                value.detach().reshape(-1),
-            )
+    for group in parts.groups:
+        if group.axes.replica.rank == 0 and group.trainable:
+            with parts.stepper.exposed(group):
+                for holding in holdings([group]):
+                    yield from _states_of(holding, optimizer)
+
+
+def _states_of(holding: Holding, optimizer: Optimizer | None) -> Iterator[LocalState]:
+    group, slot, piece, slot_piece = holding
+    values = dict(tensor_states(optimizer, piece)) if optimizer is not None else {}
+    if group.dtypes.master != group.dtypes.compute:
+        values[MASTER] = piece.detach()
+    for kind, value in sorted(values.items()):
+        yield LocalState(
+            slot.name,
+            kind,
+            slot.shape,
+            slot_piece.start,
+            slot_piece.numel,
+            value.detach().reshape(-1),
+        )
 
 
 def _meta(engine: "Engine") -> dict[str, Any]:
@@ -135,8 +140,11 @@ def load_engine(engine: "Engine", directory: str) -> None:
     parts = engine.parts
     with StateReader(directory) as reader:
         _check_model(parts, reader)
-        for holding in holdings(parts.groups):
-            _load_holding(holding, reader, engine.optimizer)
+        for group in parts.groups:
+            if group.trainable:
+                with parts.stepper.exposed(group, modify=True):
+                    for holding in holdings([group]):
+                        _load_holding(holding, reader, engine.optimizer)
         if engine.optimizer is not None:
             _check_optimizer(engine.optimizer, reader)
             _load_hyperparameters(engine.optimizer, reader)

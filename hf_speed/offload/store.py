@@ -44,9 +44,15 @@ class Ticket(Protocol):
 class Store(Protocol):
     """One tier: rows of elements under keys. Threads may share it."""
 
-    tier: Tier
-    device: torch.device
-    """Where `view` lies; the CPU for a disk, whose bytes come there."""
+    @property
+    def tier(self) -> Tier:
+        """Its name."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where `view` lies; the CPU for a disk, whose bytes come there."""
+        ...
 
     @property
     def num_bytes(self) -> int:

@@ -49,8 +49,9 @@ class Collection:
 
     @property
     def shows_gradients(self) -> bool:
-        """Whether pieces can show the accumulated gradient: `.grad` has the piece's dtype."""
-        return self.group.dtypes.accumulate == self.group.dtypes.master
+        """Whether pieces can show the accumulated gradient: it is in memory, in their dtype."""
+        group = self.group
+        return group.dtypes.accumulate == group.dtypes.master and not group.streams
 
     def put(self, index: int, gradient: Tensor) -> None:
         """Take a gradient, scaled, into the send buffer; what this rank sums itself stays put."""

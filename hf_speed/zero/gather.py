@@ -4,6 +4,9 @@
     backward   the same in reverse, the saved weights being looked up in the newly gathered buffer
     step       invalidate: what was gathered is stale
 
+A gather is a fetch from the tier where this rank keeps its part, or the whole, and a collective
+where parameters are divided. Fetches from a slow tier start one unit ahead of the collectives.
+
 In training the order of gathers is the order of the units, whatever a rank's data makes it run: a
 rank that skips a block still takes part in its gather, so ranks that take different paths do not
 wait for each other for ever. A unit that runs a second time in one pass is gathered again then.
@@ -20,11 +23,15 @@ from hf_speed.errors import EngineError
 from hf_speed.logs import get_logger
 from hf_speed.mesh.collectives import Pending, all_gather_flat
 from hf_speed.mesh.journal import Journal
+from hf_speed.offload import Ticket
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.pool import BufferPool
 from hf_speed.zero.units import UnitPlan
 
 _log = get_logger(__name__)
+
+FETCHES_AHEAD = 1
+"""Units fetched from a slow tier ahead of those whose collectives have started."""
 
 
 class Order(Enum):
@@ -33,6 +40,20 @@ class Order(Enum):
     FORWARD = auto()
     BACKWARD = auto()
     ON_DEMAND = auto()
+
+
+class Fetch(NamedTuple):
+    """What this rank keeps of a group, on its way into a full buffer. As a gather: all of it."""
+
+    group: FlatGroup
+    full: Tensor
+    tickets: Sequence[Ticket]
+
+    def wait(self) -> Tensor:
+        """The buffer, with what was fetched in it."""
+        for ticket in self.tickets:
+            ticket.wait()
+        return self.full
 
 
 class Unit:
@@ -45,7 +66,8 @@ class Unit:
         self.groups = tuple(groups)
         self.sharded = tuple(group for group in groups if group.is_sharded)
         self.pins = 0
-        self.pending: list[tuple[FlatGroup, Pending[Tensor]]] = []
+        self.fetches: list[Fetch] = []
+        self.pending: list[tuple[FlatGroup, Pending[Tensor] | Fetch]] = []
         self.is_open = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Unit":
@@ -56,6 +78,11 @@ class Unit:
     def in_flight(self) -> bool:
         """Whether its values are here or on their way."""
         return self.is_open or bool(self.pending)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether its values come from a tier that cannot be addressed, so that a fetch lasts."""
+        return any(cell.view() is None for group in self.sharded for cell in group.sources)
 
 
 class SavedView(NamedTuple):
@@ -148,6 +175,10 @@ class Gatherer:
 
     def leave(self, unit: Unit) -> None:
         """Let go of a unit's values unless a scope holds on to them."""
+        unused = [fetch.wait() for fetch in unit.fetches]
+        unit.fetches.clear()
+        for full in unused:
+            self._pool.give(full)
         if unit.pins or not unit.in_flight:
             return
         self._open(unit)
@@ -248,19 +279,39 @@ class Gatherer:
             while self._next >= place:
                 self._start(self._order[self._next])
                 self._next -= 1
+            ahead = range(self._next, max(self._next - FETCHES_AHEAD, self._lowest() - 1), -1)
         else:
             while self._next <= place:
                 self._start(self._order[self._next])
                 self._next += 1
+            ahead = range(self._next, min(self._next + FETCHES_AHEAD, len(self._order)))
+        if self._prefetch_units:
+            for index in ahead:
+                self._fetch(self._order[index])
+
+    def _fetch(self, unit: Unit) -> None:
+        """Start to bring what this rank keeps of a unit, where that takes time."""
+        if not (unit.in_flight or unit.fetches) and unit.is_far:
+            self._fetch_now(unit)
+
+    def _fetch_now(self, unit: Unit) -> None:
+        for group in unit.sharded:
+            full = self._pool.take(group.layout.padded_numel, group.layout.dtype)
+            unit.fetches.append(Fetch(group, full, group.fetch_into(full)))
 
     def _start(self, unit: Unit) -> None:
         if unit.in_flight:
             return
-        for group in unit.sharded:
-            full = self._pool.take(group.layout.padded_numel, group.layout.dtype)
-            group.part_of(full).copy_(group.master)
-            gather = all_gather_flat(full, group=group.axes.gather, journal=self._journal)
+        if not unit.fetches:
+            self._fetch_now(unit)
+        for fetch in unit.fetches:
+            group = fetch.group
+            gather: Pending[Tensor] | Fetch = fetch
+            if group.divided:
+                full = fetch.wait()
+                gather = all_gather_flat(full, group=group.axes.gather, journal=self._journal)
             unit.pending.append((group, gather))
+        unit.fetches.clear()
 
     def _open(self, unit: Unit) -> None:
         for group, gather in unit.pending:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
+from hf_speed.offload.activations import ActivationOffload
 from hf_speed.zero.gather import Gatherer, Order, Unit
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.reduce import Reducer
+from hf_speed.zero.saved import Saver
 
 _IGNORE_TRACING = True
 
@@ -45,6 +47,7 @@ class UnitHooks:
         is_syncing: asked at the start of each backward: does it end an accumulation?
         on_forward: called before the outermost forward of each pass.
         on_backward_end: called after the gradients of a backward are in place.
+        activations: takes what autograd saves to another tier; None leaves it where it is.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class UnitHooks:
         is_syncing: Callable[[], bool],
         on_forward: Callable[[], None],
         on_backward_end: Callable[[], None],
+        activations: ActivationOffload | None = None,
     ) -> None:
         self.phase = Phase.IDLE
         self._is_copy = False
@@ -69,8 +73,8 @@ class UnitHooks:
         self._depth = 0
         self._expects_backward = False
         self._saving: saved_tensors_hooks | None = None
+        self._saver = Saver(units, gatherer, activations)
         self._last = next((unit for unit in reversed(units) if not unit.is_root), None)
-        self._has_sharded = any(unit.sharded for unit in units)
         self._handles: list[RemovableHandle] = []
         for unit in units:
             self._install(unit)
@@ -120,9 +124,10 @@ class UnitHooks:
         if self.phase is Phase.BACKWARD:
             self._come_to(unit)
             return
-        if self._depth == 0:
-            self._open_pass(unit)
+        # Counted first: the hook after the forward runs even if this one raises.
         self._depth += 1
+        if self._depth == 1:
+            self._open_pass(unit)
         self._gatherer.enter(unit)
 
     def _open_pass(self, unit: Unit) -> None:
@@ -135,8 +140,8 @@ class UnitHooks:
         self._gatherer.begin(Order.FORWARD if whole else Order.ON_DEMAND)
         # Checkpointing replaces saved tensors itself; hooks inside its own would hide them from it.
         outer = torch._C._autograd._top_saved_tensors_default_hooks(_IGNORE_TRACING)
-        if self._has_sharded and torch.is_grad_enabled() and outer is None:
-            self._saving = saved_tensors_hooks(self._gatherer.pack, self._gatherer.unpack)
+        if self._saver.is_needed and torch.is_grad_enabled() and outer is None:
+            self._saving = saved_tensors_hooks(self._saver.pack, self._saver.unpack)
             self._saving.__enter__()
 
     def _close_pass(self) -> None:

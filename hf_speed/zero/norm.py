@@ -15,8 +15,15 @@ from hf_speed.mesh.collectives import all_reduce_small
 from hf_speed.mesh.journal import Journal
 
 
+def norms_of(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+    """The p-norm of each tensor: 0-d fp32."""
+    if not tensors:
+        return []
+    return list(torch._foreach_norm(list(tensors), norm_type, dtype=torch.float32))
+
+
 def global_norm(
-    gradients: Sequence[Tensor],
+    norms: Sequence[Tensor],
     *,
     norm_type: float,
     group: AxisGroup,
@@ -26,7 +33,7 @@ def global_norm(
     """The p-norm over all elements of all ranks' gradients.
 
     Args:
-        gradients: this rank's parts, any shapes.
+        norms: of this rank's parts, as `norms_of` computes them.
         norm_type: p, or inf.
         group: the ranks that hold different elements.
         journal: of the run.
@@ -36,8 +43,7 @@ def global_norm(
         0-d fp32. One all-reduce of one element.
     """
     local = torch.zeros((), dtype=torch.float32, device=device)
-    if gradients:
-        norms = torch._foreach_norm(list(gradients), norm_type, dtype=torch.float32)
+    if norms:
         local = torch.linalg.vector_norm(
             torch.stack([each.to(device) for each in norms]), norm_type
         )
@@ -49,9 +55,8 @@ def global_norm(
     return all_reduce_small(power, group=group, journal=journal).pow(1.0 / norm_type)
 
 
-def any_overflow(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
-    """0-d fp32 on `device`: 1 where a local gradient has an infinity or a NaN, else 0."""
-    if not gradients:
+def any_overflow(norms: Sequence[Tensor], *, device: torch.device) -> Tensor:
+    """0-d fp32 on `device`: 1 where one of the inf-norms is infinite or NaN, else 0."""
+    if not norms:
         return torch.zeros((), dtype=torch.float32, device=device)
-    norms = torch._foreach_norm(list(gradients), float("inf"))
     return (~torch.isfinite(torch.stack([each.to(device) for each in norms])).all()).float()

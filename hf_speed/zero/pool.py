@@ -10,12 +10,23 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from hf_speed.ops.aio import aligned_empty
+
+_LARGE_BYTES = 1 << 20
+"""From here on the pages that alignment wastes do not count."""
+
 
 class BufferPool:
-    """Hands out uninitialised flat buffers of exact sizes and takes them back."""
+    """Hands out uninitialised flat buffers of exact sizes and takes them back.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the buffers.
+        aligned: large ones in host memory begin on whole pages, which a disk reads into directly.
+    """
+
+    def __init__(self, device: torch.device, *, aligned: bool = False) -> None:
         self.device = device
+        self._aligned = aligned and device.type == "cpu"
         self.bytes_allocated = 0
         self.peak_bytes = 0
         self._free: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
@@ -25,10 +36,15 @@ class BufferPool:
         free = self._free[dtype, numel]
         if free:
             return free.pop()
-        buffer = torch.empty(numel, dtype=dtype, device=self.device)
+        buffer = self._make(numel, dtype)
         self.bytes_allocated += buffer.nbytes
         self.peak_bytes = max(self.peak_bytes, self.bytes_allocated)
         return buffer
+
+    def _make(self, numel: int, dtype: torch.dtype) -> Tensor:
+        if self._aligned and numel * dtype.itemsize >= _LARGE_BYTES:
+            return aligned_empty(numel, dtype)
+        return torch.empty(numel, dtype=dtype, device=self.device)
 
     def give(self, buffer: Tensor) -> None:
         """Return a buffer. The caller keeps no reference but the one it passes."""

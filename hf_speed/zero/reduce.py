@@ -6,16 +6,19 @@
     finish      end of the backward: groups that got nothing send zeros, so that the order of
                 collectives is the same on every rank whatever its data used
 
+Where gradients live on another tier, the sum so far comes from there before it is added to, and
+goes back while the backward goes on.
+
 Stages 2 and 3 reduce in every backward: full gradients never outlive it. Stages 0 and 1 collect
 locally while `sync` is off (no_sync, accumulation) and reduce once.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from hf_speed.errors import EngineError
 from hf_speed.mesh.collectives import (
@@ -26,13 +29,26 @@ from hf_speed.mesh.collectives import (
 )
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.collection import Collection, InFlight
-from hf_speed.zero.gradient import GradientStandIns, arrived_gradient
+from hf_speed.zero.gradients import GradientTier, piece_values
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.parameter import placeholder_of
 from hf_speed.zero.pool import BufferPool
+from hf_speed.zero.stand_ins import GradientStandIns, arrived_gradient
 
 MAX_IN_FLIGHT = 2
 """Reductions under way at once; more would only hold more buffers."""
+
+
+class Watcher(Protocol):
+    """Who wants to know when gradients change."""
+
+    def backward_begins(self) -> None:
+        """They are about to."""
+        ...
+
+    def reduced(self, group: FlatGroup) -> None:
+        """One is final, unless this backward reaches its group again or another one follows."""
+        ...
 
 
 class Reducer:
@@ -56,6 +72,9 @@ class Reducer:
         self._collections = [Collection(group) for group in groups if group.travels]
         self._by_group = {collection.group: collection for collection in self._collections}
         self._pool = pool
+        self.tier = GradientTier(pool)
+        self.watcher: Watcher | None = None
+        self._is_last = False
         self._journal = journal
         self._each_backward = each_backward
         self._place = {each.group: place for place, each in enumerate(self._collections)}
@@ -68,6 +87,9 @@ class Reducer:
 
     def begin(self, *, sync: bool) -> None:
         """Start a backward. Gradients that the user has cleared since are not added to."""
+        self._is_last = sync
+        if self.watcher is not None:
+            self.watcher.backward_begins()
         self._reducing = sync or self._each_backward
         self._next = self._num_passed = 0
         self.heed_cleared()
@@ -129,6 +151,7 @@ class Reducer:
                     self._launch(collection)
             while self._in_flight:
                 self._settle()
+        self.tier.drain()
         for collection in self._collections:
             self._hand_over(collection)
             self._stand_ins.show(collection.group, collection.used)
@@ -159,9 +182,17 @@ class Reducer:
         """
         while self._in_flight:
             self._settle()
+        self.tier.drain()
         for collection in self._collections:
             collection.send = None
             collection.kept = {}
+
+    def clear(self) -> None:
+        """Forget every gradient, as zero_grad() does, and its memory."""
+        self._stand_ins.hide()
+        for collection in self._collections:
+            self._forget(collection)
+            collection.send = None
 
     def flush(self) -> None:
         """Before a step: reduce what was only summed locally, if no backward has synced."""
@@ -183,8 +214,10 @@ class Reducer:
         """Give the pieces gradients in their own dtype where those are kept in another."""
         for collection in self._collections:
             group = collection.group
-            if group.grad is not None and not collection.shows_gradients:
-                for piece, values in self._piece_values(group, group.grad):
+            if group.grad is None or group.streams:
+                continue
+            if not collection.shows_gradients:
+                for piece, values in piece_values(group, group.grad):
                     piece.grad = values.to(piece.dtype)
 
     def used_mask(self) -> list[bool]:
@@ -248,10 +281,11 @@ class Reducer:
         for index, slot in enumerate(group.layout.slots):
             if index not in kept and collection.local is not None:
                 group.slot_view(collection.local, slot).zero_()
-        if group.grad is not None:
-            for piece, values in self._piece_values(group, group.grad):
-                if piece.grad is None:
-                    values.zero_()
+        with self.tier.in_memory(group, modify=True) as gradient:
+            if gradient is not None:
+                for piece, values in piece_values(group, gradient):
+                    if piece.grad is None:
+                        values.zero_()
 
     def _forget(self, collection: Collection) -> None:
         collection.holds = False
@@ -337,11 +371,15 @@ class Reducer:
         self._advance(reduction)
         collection = reduction.collection
         send, receive = reduction.send, reduction.receive
+        self.tier.open(collection.group, holds=collection.holds)
         if self._is_the_mean(reduction):
             collection.group.grad, receive = receive, collection.group.grad
         else:
             self._add_mean(reduction)
         collection.holds = True
+        self.tier.close(collection.group)
+        if self.watcher is not None and self._is_last:
+            self.watcher.reduced(collection.group)
         del reduction
         self._pool.give(send)
         if receive is not None:
@@ -351,6 +389,8 @@ class Reducer:
         """Whether the buffer that arrived can become group.grad as it is, without a copy."""
         collection, summed = reduction.collection, reduction.summed
         if summed is None or collection.holds or collection.late_scale != 1.0:
+            return False
+        if collection.group.gradient_cell is not None:
             return False
         arrived = summed.wait()
         return arrived is reduction.receive and arrived.dtype == collection.group.dtypes.accumulate
@@ -388,10 +428,5 @@ class Reducer:
             source = group.part_of(collection.local)
         else:
             return
-        for piece, values in self._piece_values(group, source):
+        for piece, values in piece_values(group, source):
             piece.grad = values
-
-    def _piece_values(self, group: FlatGroup, source: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
-        for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True):
-            stop = slot_piece.part_start + slot_piece.numel
-            yield piece, source[slot_piece.part_start : stop].view(piece.shape)

@@ -1,15 +1,17 @@
 """What happens around the user's own optimizer.step().
 
     before   reduce what is left, agree on overflow and on unused parameters, unscale
-    step     torch's (or anyone's) optimizer updates this rank's pieces
+    step     torch's (or anyone's) optimizer updates this rank's pieces; or, where buffers live on
+             several tiers, StreamedUpdates has done so before, and the optimizer finds nothing left
     after    parts travel to the other ranks (stages 0-2), or what was gathered is stale (3)
 
 The optimizer object stays the user's: its param_groups are re-pointed at pieces, in place, so that
 schedulers and loggers that hold it go on working.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,25 @@ from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.collectives import Pending, all_gather_flat, all_reduce_small
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.gather import Gatherer
+from hf_speed.zero.gradients import PieceGradients, StreamedGradients
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.norm import any_overflow, global_norm
+from hf_speed.zero.pool import BufferPool
 from hf_speed.zero.precision import LossScaler
 from hf_speed.zero.reduce import Reducer
+from hf_speed.zero.stream import StreamedUpdates
+
+
+class StepAxes(NamedTuple):
+    """The ranks that a step deals with.
+
+    Attributes:
+        shard: hold different elements.
+        data: see different batches.
+    """
+
+    shard: AxisGroup
+    data: AxisGroup
 
 
 class Stepper:
@@ -34,10 +51,10 @@ class Stepper:
     Args:
         groups: all trainable groups.
         gatherer: told when gathered values are stale.
-        reducer: holds the gradients.
+        reducer: brings the gradients.
+        pool: of gathered buffers.
         scaler: of the loss, in fp16; None elsewhere.
-        shard_axis: ranks that hold different elements.
-        data_axis: all ranks that see different batches.
+        axes: the ranks that a step deals with.
         journal: of the run.
         device: of the gradients.
     """
@@ -48,40 +65,71 @@ class Stepper:
         *,
         gatherer: Gatherer,
         reducer: Reducer,
+        pool: BufferPool,
         scaler: LossScaler | None,
-        shard_axis: AxisGroup,
-        data_axis: AxisGroup,
+        axes: StepAxes,
         journal: Journal,
         device: torch.device,
     ) -> None:
         self.was_skipped = False
+        self.is_parked = False
         self.grad_norm: Tensor | None = None
         self._groups = tuple(groups)
         self._gatherer = gatherer
         self._reducer = reducer
+        self._pool = pool
+        self._streams = any(group.streams for group in groups)
+        self.updates: StreamedUpdates | None = None
+        self.gradients: PieceGradients | StreamedGradients = (
+            StreamedGradients(self._groups, reducer.tier)
+            if self._streams
+            else PieceGradients(self._groups)
+        )
         self._scaler = scaler
-        self._shard_axis = shard_axis
-        self._data_axis = data_axis
+        self._axes = axes
         self._journal = journal
         self._device = device
         self._is_ready = False
         self._handles: list[RemovableHandle] = []
 
-    def watch(self, optimizer: Optimizer) -> None:
-        """Run before and after every step of `optimizer`."""
+    def watch(self, optimizer: Optimizer, updates: StreamedUpdates | None) -> None:
+        """Run before and after every step of `optimizer`, or, with `updates`, in its stead."""
+        self.updates = updates
+        self._reducer.watcher = self if updates is not None else None
         self._handles.append(optimizer.register_step_pre_hook(self._before))
         self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def unwatch(self) -> None:
         """Leave the optimizer alone again."""
+        self.updates = self._reducer.watcher = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def gradients(self) -> list[Tensor]:
-        """This rank's parts of the gradients, as the optimizer will read them."""
-        pieces = (piece for group in self._groups for piece in group.pieces)
-        return [piece.grad for piece in pieces if piece.grad is not None]
+    def backward_begins(self) -> None:
+        """Gradients will change."""
+        if self.updates is not None:
+            self.updates.backward_begins()
+
+    def reduced(self, group: FlatGroup) -> None:
+        """One group's gradient seems final."""
+        if self.updates is not None:
+            scale = 1.0 if self._scaler is None else 1.0 / self._scaler.scale
+            self.updates.reduced(group, scale=scale)
+
+    def settle(self) -> None:
+        """Finish an update that runs since the last step, if one does. Collective."""
+        self.check_not_parked()
+        if self.updates is not None and self.updates.flush():
+            self.spread()
+
+    def check_not_parked(self) -> None:
+        """Raise while the engine's memory is elsewhere."""
+        if self.is_parked:
+            raise EngineError(
+                "The states of this engine are parked by hf_speed.offload_states(). Call "
+                "hf_speed.reload_states() on every rank before a forward, a step or a save."
+            )
 
     def make_ready(self) -> None:
         """Bring every gradient to its final value, once per step. Collective.
@@ -97,21 +145,17 @@ class Stepper:
         mask = self._reducer.used_mask()
         flags = torch.tensor([False, *mask], dtype=torch.uint8).to(self._device)
         if self._scaler is not None:
-            flags[0] = any_overflow(self.gradients(), device=self._device).to(torch.uint8)
+            norms = self.gradients.norms(float("inf"))
+            flags[0] = any_overflow(norms, device=self._device).to(torch.uint8)
         if mask or self._scaler is not None:
             all_reduce_small(
-                flags, group=self._data_axis, journal=self._journal, op=dist.ReduceOp.MAX
+                flags, group=self._axes.data, journal=self._journal, op=dist.ReduceOp.MAX
             )
         overflowed, *used = flags.tolist()
         self._reducer.drop_unused([bool(each) for each in used])
         self.was_skipped = bool(overflowed)
-        if self._scaler is not None:
-            self._unscale(1.0 / self._scaler.scale)
-
-    def _unscale(self, factor: float) -> None:
-        gradients = self.gradients()
-        if gradients and not self.was_skipped:
-            torch._foreach_mul_(gradients, factor)
+        if self._scaler is not None and not self.was_skipped:
+            self.gradients.scale(1.0 / self._scaler.scale)
 
     def clip_norm(self, max_norm: float, norm_type: float) -> Tensor:
         """Scale gradients so that their global norm is at most `max_norm`; returns the norm before.
@@ -119,25 +163,24 @@ class Stepper:
         Collective. 0-d fp32.
         """
         self.make_ready()
-        gradients = self.gradients()
+        norms = self.gradients.norms(norm_type)
         norm = global_norm(
-            gradients,
+            norms,
             norm_type=norm_type,
-            group=self._shard_axis,
+            group=self._axes.shard,
             journal=self._journal,
             device=self._device,
         )
         self.grad_norm = norm
-        if gradients and not self.was_skipped:
-            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(gradients, factor)
+        if norms and not self.was_skipped:
+            self.gradients.scale(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
     def clip_value(self, value: float) -> None:
         """Clamp every element of every gradient to [-value, value]. No collective of its own."""
         self.make_ready()
-        for gradient in self.gradients():
-            gradient.clamp_(-value, value)
+        if not self.was_skipped:
+            self.gradients.clamp(value)
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -147,9 +190,13 @@ class Stepper:
                 f"{type(optimizer).__name__}.step(closure) computes gradients after hf_speed has "
                 f"made them ready. Call backward first, then step() without a closure."
             )
+        self.check_not_parked()
         self._reducer.heed_cleared()
         self.make_ready()
-        if self.was_skipped:
+        if self.updates is not None and not self.was_skipped:
+            scale = self.gradients.factor if isinstance(self.gradients, StreamedGradients) else 1.0
+            self.updates.run(scale=scale)
+        if self.was_skipped or self.updates is not None:
             # Optimizers leave a parameter without a gradient alone, counters included.
             for group in self._groups:
                 for piece in group.pieces:
@@ -159,6 +206,7 @@ class Stepper:
         if self._scaler is not None:
             self._scaler.update(overflowed=self.was_skipped)
         self._reducer.end_step()
+        self.gradients.reset()
         self._is_ready = False
         if not self.was_skipped:
             self.spread()
@@ -170,14 +218,50 @@ class Stepper:
             if group.full is None or not group.resident:
                 continue
             mine = group.part_of(group.full)
-            if mine.data_ptr() != group.master.data_ptr():
+            # A streamed update has written working values too.
+            if not group.streams and mine.data_ptr() != group.master.data_ptr():
                 mine.copy_(group.master)
             pending.append(
                 all_gather_flat(group.full, group=group.axes.gather, journal=self._journal)
             )
         for each in pending:
             each.wait()
+        for group in self._groups:
+            if group.sources and not group.divided:
+                self._spread_stored(group)
         self._gatherer.invalidate()
+
+    def _spread_stored(self, group: FlatGroup) -> None:
+        """Every rank keeps the whole on a tier: bring the other parts there."""
+        ranks = group.axes.gather
+        if ranks.is_identity:
+            return
+        full = self._pool.take(group.layout.padded_numel, group.layout.dtype)
+        group.own_source.fetch(group.part_of(full)).wait()
+        all_gather_flat(full, group=ranks, journal=self._journal).wait()
+        tickets = []
+        for part, source in enumerate(group.sources):
+            if part != ranks.rank:
+                first, last = group.layout.interval(part)
+                tickets.append(source.commit(full[first:last]))
+        for ticket in tickets:
+            ticket.wait()
+        self._pool.give(full)
+
+    @contextmanager
+    def exposed(self, group: FlatGroup, *, modify: bool = False) -> Iterator[None]:
+        """Masters and optimizer states of a group in memory inside, wherever they live.
+
+        Args:
+            group: trainable.
+            modify: keep changes.
+        """
+        if self.updates is None:
+            with group.in_memory(modify=modify):
+                yield
+        else:
+            with self.updates.exposed(group, modify=modify):
+                yield
 
     def forget_gradients(self) -> None:
         """A new backward has begun: what was readied for a step no longer is."""

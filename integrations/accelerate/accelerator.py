@@ -333,7 +333,7 @@ class Accelerator(accelerate.Accelerator):
             return full_state_dict(engine)
         # save_state asks for every model's weights; at stage 3 the engine writes them without
         # gathering them all.
-        weights = {} if engine.config.stage == 3 else full_state_dict(engine)
+        weights = {} if engine.is_sharded else full_state_dict(engine)
         self.state_weights.append((engine, weights))
         return weights
 

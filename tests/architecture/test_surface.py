@@ -24,6 +24,8 @@ NAMES = [
     "get_full_parameter",
     "integrate_args",
     "integrate_trainer",
+    "offload_states",
+    "reload_states",
     "set_full_grad",
     "set_full_optimizer_state",
     "set_full_parameter",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_speed.engine import Engine, engine_of
 from hf_speed.errors import ShardedParameterError
-from hf_speed.zero.gradient import ShardedGradient
+from hf_speed.zero.stand_ins import ShardedGradient
 from tests.engine.toys import (
     Tower,
     assert_same_values,

@@ -11,7 +11,7 @@ from hf_speed.errors import ConfigError, ShardedParameterError
 from hf_speed.mesh.axes import IDENTITY
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.elementwise import require_elementwise
-from hf_speed.zero.norm import any_overflow, global_norm
+from hf_speed.zero.norm import any_overflow, global_norm, norms_of
 from hf_speed.zero.parameter import ShardedParameter, hide, placeholder_of, publish, released_class
 from hf_speed.zero.pool import BufferPool
 
@@ -167,7 +167,8 @@ def test_norm_of_many_tensors_is_that_of_one(norm_type: float) -> None:
 
 def _norm(gradients: list[Tensor], norm_type: float) -> Tensor:
     journal = Journal(enabled=False)
-    return global_norm(gradients, norm_type=norm_type, group=IDENTITY, journal=journal, device=CPU)
+    norms = norms_of(gradients, norm_type)
+    return global_norm(norms, norm_type=norm_type, group=IDENTITY, journal=journal, device=CPU)
 
 
 def test_norm_without_gradients_is_zero_and_16_bit_ones_do_not_overflow_it() -> None:
@@ -178,6 +179,8 @@ def test_norm_without_gradients_is_zero_and_16_bit_ones_do_not_overflow_it() -> 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_any_infinity_or_nan_is_an_overflow(bad: float) -> None:
     good = [torch.ones(3), torch.full((2,), 6e4, dtype=torch.float16)]
-    assert any_overflow(good, device=CPU) == 0.0
-    assert any_overflow([*good, torch.tensor([0.0, bad])], device=CPU) == 1.0
+    largest = float("inf")
+    assert any_overflow(norms_of(good, largest), device=CPU) == 0.0
+    worse = [*good, torch.tensor([0.0, bad])]
+    assert any_overflow(norms_of(worse, largest), device=CPU) == 1.0
     assert any_overflow([], device=CPU) == 0.0

@@ -19,6 +19,16 @@ from torch.optim import AdamW, Optimizer
 from workload import LEARNING_RATE, Shape, build_model
 
 
+class Offload(NamedTuple):
+    """Where a system keeps what it does not compute with.
+
+    `tier`: cpu or nvme for DeepSpeed, host or disk for us; `path`: a directory for the last ones.
+    """
+
+    tier: str
+    path: str
+
+
 class System(NamedTuple):
     """One way to train the model."""
 
@@ -87,16 +97,29 @@ def fsdp2(shape: Shape, dtype: str, device: str) -> System:
 
 
 def deepspeed(
-    shape: Shape, dtype: str, device: str, *, stage: int, small_bucket: bool = False
+    shape: Shape,
+    dtype: str,
+    device: str,
+    *,
+    stage: int,
+    small_bucket: bool = False,
+    offload: Offload | None = None,
 ) -> System:
     """`deepspeed.initialize` with a ZeRO stage, all else left at its defaults.
 
     `small_bucket`: the default bucket of 5e8 elements is allocated whole and would hide the state
     of a small model; take the size that transformers' own DeepSpeed integration chooses ("auto").
+    `offload`: parameters and optimizer state live there, updated by its own DeepSpeedCPUAdam.
     """
     import deepspeed as package
 
-    zero: dict[str, int] = {"stage": stage}
+    zero: dict[str, object] = {"stage": stage}
+    if offload is not None:
+        target: dict[str, object] = {"device": offload.tier}
+        if offload.tier == "nvme":
+            target["nvme_path"] = offload.path
+        zero["offload_optimizer"] = dict(target)
+        zero["offload_param"] = {**target, "buffer_size": 2 * shape.vocab * shape.hidden}
     if small_bucket:
         zero["reduce_bucket_size"] = shape.hidden**2
     config = {
@@ -109,7 +132,12 @@ def deepspeed(
     }
     package.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo")
     model = build_model(shape, device)
-    engine, *_ = package.initialize(model=model, optimizer=_adamw(model), config=config)
+    optimizer: Optimizer = _adamw(model)
+    if offload is not None:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(model.parameters(), lr=LEARNING_RATE)
+    engine, *_ = package.initialize(model=model, optimizer=optimizer, config=config)
 
     def backward(ids: Tensor) -> Tensor:
         loss = _loss(engine, ids)
@@ -120,15 +148,27 @@ def deepspeed(
 
 
 def ours(
-    shape: Shape, dtype: str, device: str, *, stage: int, accumulate_same: bool = False
+    shape: Shape,
+    dtype: str,
+    device: str,
+    *,
+    stage: int,
+    accumulate_same: bool = False,
+    offload: Offload | None = None,
 ) -> System:
     """hf_speed at a ZeRO stage, defaults otherwise."""
     from hf_speed.config import load_config
     from hf_speed.engine import Engine
 
-    config: dict[str, object] = {"zero": {"stage": stage}}
+    config: dict[str, dict[str, object]] = {"zero": {"stage": stage}}
     if accumulate_same:
         config["precision"] = {"accumulate_dtype": "same"}
+    if offload is not None:
+        kinds = ("optimizer", "gradients", "parameters")
+        tiers: dict[str, object] = dict.fromkeys(kinds, offload.tier)
+        if offload.tier == "disk":
+            tiers["paths"] = [offload.path]
+        config["offload"] = tiers
     model = build_model(shape, device)
     compute = torch.bfloat16 if dtype == "bfloat16" else None
     optimizer = _adamw(model)
@@ -152,8 +192,8 @@ def build(name: str, shape: Shape, dtype: str, device: str) -> System:
 
     Args:
         name: K is the ZeRO stage; `-same` accumulates gradients in the compute dtype, as the paper
-        counts;
-            `-lean` makes DeepSpeed's bucket small.
+            counts; `-lean` makes DeepSpeed's bucket small; `-offload-TIER:DIRECTORY` moves
+            parameters, gradients and optimizer state to a tier.
         shape: the model and the batch.
         dtype: float32 or bfloat16.
         device: cpu or cuda.
@@ -161,13 +201,18 @@ def build(name: str, shape: Shape, dtype: str, device: str) -> System:
     Raises:
         ValueError: no such system.
     """
+    name, _, path = name.partition(":")
     kind, _, rest = name.partition("-")
+    _, _, tier = rest.partition("-offload-")
+    offload = Offload(tier, path) if tier else None
     if kind == "deepspeed":
         lean = rest.endswith("-lean")
-        return deepspeed(shape, dtype, device, stage=int(rest[0]), small_bucket=lean)
+        return deepspeed(
+            shape, dtype, device, stage=int(rest[0]), small_bucket=lean, offload=offload
+        )
     if kind == "ours":
         same = rest.endswith("-same")
-        return ours(shape, dtype, device, stage=int(rest[0]), accumulate_same=same)
+        return ours(shape, dtype, device, stage=int(rest[0]), accumulate_same=same, offload=offload)
     simple = {"plain": plain, "ddp": ddp, "fsdp2": fsdp2}
     if kind not in simple:
         raise ValueError(f"no system {name!r}; known: plain, ddp, fsdp2, deepspeed-K, ours-K.")

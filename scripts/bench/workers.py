@@ -122,7 +122,7 @@ class Group:
 
     def __init__(self, job: Job, scratch: Path) -> None:
         self.job = job
-        stem = f"{job.system}-{job.dtype}-{job.ranks}-{time.monotonic_ns()}"
+        stem = f"{job.system.partition(':')[0]}-{job.dtype}-{job.ranks}-{time.monotonic_ns()}"
         self._logs = [scratch / f"{stem}.{rank}.log" for rank in range(job.ranks)]
         start = "spawn" if job.device == "cuda" else "fork"
         context: Any = mp.get_context(start)

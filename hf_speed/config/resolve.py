@@ -138,7 +138,7 @@ def resolve(
         config: what the user set.
         world_size: number of processes.
         param_dtype: dtype of the model's parameters (of most of its elements).
-        compute_dtype: dtype to cast them to; None: they keep theirs.
+        compute_dtype: of mixed precision; None: what the parameters have.
         needed: bytes per rank of a stage and tiers (`engine.estimate`); with `memory`, what the
             stage and the tiers that are left open are chosen by.
         memory: what there is for one rank.
@@ -154,8 +154,10 @@ def resolve(
         _check_effective(config.zero, config.zero.stage)
     choice = choose(config, needed=needed, memory=memory)
     precision = config.precision
-    working = compute_dtype or param_dtype
-    _check_loss_scale(precision.loss_scale, working)
+    computes = compute_dtype or param_dtype
+    if precision.working_dtype == "own":
+        compute_dtype = None
+    _check_loss_scale(precision.loss_scale, computes)
     return ResolvedConfig(
         world_size=world_size,
         stage=choice.stage,
@@ -170,7 +172,7 @@ def resolve(
         master_dtype=torch.float32 if precision.master_dtype == "float32" else None,
         reduce_dtype=_dtype(precision.reduce_dtype) if precision.reduce_dtype else compute_dtype,
         accumulate_dtype=torch.float32 if precision.accumulate_dtype == "float32" else None,
-        loss_scale=precision.loss_scale if working is torch.float16 else None,
+        loss_scale=precision.loss_scale if computes is torch.float16 else None,
         offload=resolve_offload(config.offload, tiers=choice.tiers, reason=choice.tiers_reason),
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         journal=config.debug.journal,

@@ -99,6 +99,10 @@ class LossScaleConfig:
 class PrecisionConfig:
     """The dtypes beside the one that computes, which TrainingArguments (`bf16`, `fp16`) owns."""
 
+    working_dtype: Literal["compute", "own"] = "compute"
+    """Dtype of the parameters under bf16 or fp16. 'compute': 16-bit, beside masters. 'own': each
+    its own, cast by autocast at every use, as accelerate does; they are gathered and their
+    gradients travel in it, and 16-bit copies of all live from forward to backward."""
     master_dtype: Literal["float32", "same"] = "float32"
     """Dtype of the copy that the optimizer updates where the parameter is 16-bit. 'same': no copy,
     4 bytes less a parameter."""
@@ -112,6 +116,7 @@ class PrecisionConfig:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        check.one_of("precision.working_dtype", self.working_dtype, ("compute", "own"))
         check.one_of("precision.master_dtype", self.master_dtype, ("float32", "same"))
         if self.reduce_dtype is not None:
             check.one_of(

@@ -77,7 +77,7 @@ def precision_of(
     chosen = config.precision
     wire = chosen.reduce_dtype
     return PrecisionPlan(
-        compute=compute_dtype,
+        compute=compute_dtype if chosen.working_dtype == "compute" else None,
         master=torch.float32 if chosen.master_dtype == "float32" else None,
         wire=None if wire is None else _DTYPES[wire],
         accumulate=torch.float32 if chosen.accumulate_dtype == "float32" else None,

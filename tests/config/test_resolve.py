@@ -107,6 +107,16 @@ def test_dtypes() -> None:
     assert changed.accumulate_dtype is None
 
 
+def test_working_parameters_keep_their_own_dtype_where_asked() -> None:
+    own = {"precision": {"working_dtype": "own", "loss_scale": {"window": 10}}}
+    resolved = _resolved(own, compute_dtype=torch.float16)
+    assert resolved.compute_dtype is None
+    assert resolved.reduce_dtype is None
+    # The loss is computed in fp16 all the same.
+    assert resolved.loss_scale is not None
+    assert _resolved({}, compute_dtype=torch.float16).compute_dtype is torch.float16
+
+
 def test_the_rest_passes_through() -> None:
     resolved = _resolved(
         {

@@ -31,6 +31,10 @@ from hf_speed.errors import ConfigError
         ({"zero": {"regather": 1}}, r"zero\.regather=1 is of type int.*true or false"),
         ({"zero": {"generate": "whole"}}, r"zero\.generate='whole' is not.*'gathered', 'streamed'"),
         (
+            {"precision": {"working_dtype": "bf16"}},
+            r"precision\.working_dtype='bf16'.*'compute', 'own'",
+        ),
+        (
             {"precision": {"master_dtype": "fp32"}},
             r"precision\.master_dtype='fp32'.*'float32', 'same'",
         ),

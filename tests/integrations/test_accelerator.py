@@ -105,6 +105,16 @@ def test_bf16_loop_follows_ddp() -> None:
         assert {value.dtype for value in each["state"].values()} == {torch.float32}
 
 
+def test_bf16_over_parameters_of_their_own_dtype_is_accelerates_bf16() -> None:
+    own = {"working_dtype": "own"}
+    configs = (None, *(stage(number, precision=own) for number in (0, 2, 3)))
+    ranks = run_ranks(_loops, 2, [(config, {"precision": "bf16"}) for config in configs])
+    ddp, *stages = ranks[0]
+    for each in stages:
+        for key in ("losses", "norms"):
+            torch.testing.assert_close(flat(each[key]), flat(ddp[key]), rtol=2e-6, atol=0)
+
+
 def _no_sync(config: Any) -> dict[str, Any]:
     _fresh_state()
     accelerator = (
@@ -284,26 +294,44 @@ def _rebound(config: Any) -> Iterator[None]:
 
 def _upstream_script(name: str, config: Any) -> None:
     _fresh_state()
-    # Its 16-bit sections compare dtypes: parameters must be fp32, while here they are 16-bit and
-    # their masters fp32.
-    without = [
-        mock.patch.object(accelerate.utils, f"is_{each}_available", return_value=False)
-        for each in ("bf16", "fp16")
-    ]
-    with _rebound(config), without[0], without[1]:
+    with _rebound(config):
         runpy.run_module(f"accelerate.test_utils.scripts.{name}", run_name="__main__")
 
 
 @pytest.mark.parametrize(
     ("name", "number"),
     [
-        # It moves the trained model with .cpu(), which stage 3 refuses by design.
         ("test_script", 0),
+        ("test_script", 1),
         ("test_script", 2),
+        ("test_ops", 0),
         ("test_ops", 3),
-        # It compares parameter.grad, which from stage 1 on lives in shards.
         ("test_sync", 0),
     ],
 )
 def test_accelerates_own_scripts_run(name: str, number: int) -> None:
-    run_ranks(_upstream_script, 2, name, stage(number))
+    # Their sections in 16 bit mean fp32 parameters under autocast.
+    run_ranks(_upstream_script, 2, name, stage(number, precision={"working_dtype": "own"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "line", "why"),
+    [
+        # Trained as under DDP, it then reads `unwrap_model(model).a`, which no rank holds.
+        (
+            "test_script",
+            3,
+            "torch.testing.assert_close(",
+            r"values of a of shape \(\).*gathered\(model, \['a'\]\)",
+        ),
+        # It compares parameter.grad, which from stage 1 on is in the optimizer's parts.
+        ("test_sync", 1, "allclose(param.grad, ddp_param.grad)", r"gradient of a .*get_full_grad"),
+        ("test_sync", 3, "allclose(param.grad, ddp_param.grad)", r"gradient of a .*get_full_grad"),
+    ],
+)
+def test_accelerates_own_scripts_stop_where_a_whole_tensor_is_read(
+    name: str, number: int, line: str, why: str
+) -> None:
+    with pytest.raises(AssertionError, match=why) as caught:
+        run_ranks(_upstream_script, 2, name, stage(number, precision={"working_dtype": "own"}))
+    assert line in str(caught.value)

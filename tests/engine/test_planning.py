@@ -1,6 +1,7 @@
 """What there is on this machine is read and agreed on; what does not fit is refused before."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_speed.config import Memory, load_config
+from hf_speed.config import Memory, env, load_config
 from hf_speed.engine import Engine, engine_of, planning
 from hf_speed.engine.report import free_disk_bytes, memory_of_machine
 from hf_speed.errors import ConfigError
@@ -25,6 +26,19 @@ def test_ranks_of_a_machine_share_its_memory(tmp_path: Path) -> None:
     assert alone.host == 0
     assert one_of_four.device == alone.device // 4
     assert one_of_four.disk == pytest.approx(alone.disk / 4, rel=0.01)
+
+
+def test_beside_a_gpu_most_of_the_free_host_memory_may_be_filled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(env, "free_host_bytes", lambda: 100 << 30)
+    cuda = torch.device("cuda")
+    memory = memory_of_machine(load_config({}).offload, device=cuda, num_ranks=4)
+    assert memory == Memory(80 << 30, 20 << 30, 0, shared=False)
+    bounded = load_config({"offload": {"host_bytes": 1 << 30}}).offload
+    assert memory_of_machine(bounded, device=cuda, num_ranks=4).host == 1 << 30
 
 
 def test_directories_of_one_disk_are_counted_once(tmp_path: Path) -> None:

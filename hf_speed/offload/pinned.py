@@ -1,5 +1,6 @@
 """Page-locking memory for a GPU, in place."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class Pins:
             return
         status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         if status != 0:
+            # CUDA keeps the error for whoever asks next: let that be this launch.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
             raise OffloadError(
                 f"CUDA cannot lock {memory.nbytes} bytes of host memory (error {status}). "
                 f"Raise the limit of locked memory (ulimit -l), or give the host tier less."

@@ -103,6 +103,8 @@ def remove_dead(parent: Path) -> None:
     for directory in sorted(found):
         try:
             removed = _remove_if_dead(directory)
+        except FileNotFoundError:
+            continue  # another process was faster
         except OSError as error:  # another user's, or another process is at it
             _log.info("left %s as it is: %s", directory, error, extra={"all_ranks": True})
             continue

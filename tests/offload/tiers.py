@@ -56,8 +56,14 @@ class Step(NamedTuple):
     waits: bool
 
 
-def play(store: Store, steps: list[Step]) -> None:
-    """Run `steps` on a store and on a dict of tensors, comparing all that is fetched."""
+def play(store: Store, steps: list[Step], device: torch.device = CPU) -> None:
+    """Run `steps` on a store and on a dict of tensors, comparing all that is fetched.
+
+    Args:
+        store: empty.
+        steps: what to do.
+        device: of the tensors that are fetched into and committed.
+    """
     plain: dict[str, Tensor] = {}
     fetched: list[tuple[object, Tensor, Tensor]] = []
     for index, step in enumerate(steps):
@@ -76,11 +82,11 @@ def play(store: Store, steps: list[Step]) -> None:
             stop = start + int(step.length * (plain[key].numel() - start))
             part = plain[key][start:stop]
             if step.verb == "commit":
-                value = (torch.arange(part.numel()) * 7 + index).to(part.dtype)
+                value = (torch.arange(part.numel(), device=device) * 7 + index).to(part.dtype)
                 part.copy_(value)
                 ticket = store.commit(key, value, start)
             else:
-                out = torch.full_like(part, 3)
+                out = torch.full_like(part, 3, device=device)
                 ticket = store.fetch(key, out, start)
                 fetched.append((ticket, out, part.clone()))
             if step.waits:
@@ -88,11 +94,11 @@ def play(store: Store, steps: list[Step]) -> None:
                 assert ticket.done()
     for ticket, out, expected in fetched:
         ticket.wait()  # type: ignore[attr-defined]
-        assert torch.equal(out, expected)
+        assert torch.equal(out.cpu(), expected)
     for key, expected in plain.items():
-        out = torch.full_like(expected, 3)
+        out = torch.full_like(expected, 3, device=device)
         store.fetch(key, out).wait()
-        assert torch.equal(out, expected)
+        assert torch.equal(out.cpu(), expected)
     assert store.num_bytes == sum(each.nbytes for each in plain.values()) <= store.peak_bytes
 
 

@@ -14,12 +14,16 @@ loses none.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import accelerate
 import torch
-from accelerate.utils import DynamoBackend, convert_file_size_to_int
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DynamoBackend,
+    convert_file_size_to_int,
+)
 from torch import Tensor, nn
 
 from hf_speed.config import env
@@ -32,6 +36,7 @@ from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
 from hf_speed.integrations.transformers.loading import attach
 from hf_speed.integrations.weights import full_state_dict, write_model
 
+_PLUGINS = ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What working parameters are cast to; "no": each keeps its own dtype."""
 
@@ -52,6 +57,9 @@ class Accelerator(accelerate.Accelerator):
     def __init__(self, *args: Any, hf_speed: SpeedConfigLike | None = None, **kwargs: Any) -> None:
         config = carried_config(hf_speed)
         super().__init__(*args, **kwargs)
+        if config is not None:
+            # On a CPU accelerate forgets a plugin that it was given, without a word.
+            _refuse_backends({name: kwargs.get(name) for name in _PLUGINS})
         self._take_config(config)
 
     @classmethod
@@ -90,20 +98,15 @@ class Accelerator(accelerate.Accelerator):
             self.native_amp = True
 
     def _refuse_other_backends(self) -> None:
-        asked_for = {
-            "deepspeed_plugin": self.state.deepspeed_plugin,
-            "fsdp_plugin": getattr(self.state, "fsdp_plugin", None),
-            "megatron_lm_plugin": getattr(self.state, "megatron_lm_plugin", None),
-            "parallelism_config": self.parallelism_config,
-        }
-        for name, value in asked_for.items():
-            if value is not None:
-                raise ConfigError(
-                    f"hf_speed and {name}={type(value).__name__} were both asked for, but only one "
-                    "can lay out the "
-                    f"processes. Remove {name} (an accelerate config or ACCELERATE_USE_* may set "
-                    "it), or hf_speed."
-                )
+        asked_for = {name: getattr(self.state, name, None) for name in _PLUGINS}
+        _refuse_backends({**asked_for, "parallelism_config": self.parallelism_config})
+        hook = None if self.ddp_handler is None else self.ddp_handler.comm_hook
+        if hook not in (None, DDPCommunicationHookType.NO):
+            raise ConfigError(
+                f"DistributedDataParallelKwargs(comm_hook={hook}) has no effect under hf_speed, "
+                "which reduces gradients itself. Remove it and set precision.reduce_dtype, the "
+                "dtype in which gradients travel, in the hf_speed config."
+            )
         if self.scaler_handler is not None:
             raise ConfigError(
                 "GradScalerKwargs has no effect under hf_speed, which scales the loss itself. "
@@ -251,6 +254,45 @@ class Accelerator(accelerate.Accelerator):
         finally:
             engine.sync_gradients = before
 
+    @contextlib.contextmanager
+    def join_uneven_inputs(
+        self,
+        joinables: list[Any],
+        even_batches: bool | None = None,  # noqa: FBT001 - accelerate's signature
+    ) -> Iterator[None]:
+        """As accelerate's, for loaders that give every rank equally many batches.
+
+        Raises:
+            ConfigError: ranks may run out of batches at different steps.
+        """
+        modules = (each for each in joinables if isinstance(each, nn.Module))
+        if all(engine_of(module) is None for module in modules):
+            with super().join_uneven_inputs(joinables, even_batches=even_batches):
+                yield
+            return
+        even = self.even_batches if even_batches is None else even_batches
+        if not even and self.num_processes > 1:
+            raise ConfigError(
+                "join_uneven_inputs(even_batches=False) lets ranks run out of batches at different "
+                "steps, but under hf_speed every rank takes part in every step, and updates a part "
+                "that the others need. Leave even_batches=True, or give a rank without rows a loss "
+                "of zero."
+            )
+        loaders = [each for each in self._dataloaders if hasattr(each, "batch_sampler")]
+        samplers = {id(each.batch_sampler): each.batch_sampler for each in loaders}
+        before = [
+            (each, each.even_batches)
+            for each in samplers.values()
+            if even_batches is not None and hasattr(each, "even_batches")
+        ]
+        try:
+            for sampler, _ in before:
+                sampler.even_batches = even
+            yield
+        finally:
+            for sampler, value in before:
+                sampler.even_batches = value
+
     def unscale_gradients(
         self, optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None
     ) -> None:
@@ -381,6 +423,17 @@ class Accelerator(accelerate.Accelerator):
             return
         with engines_load(self):
             super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+
+
+def _refuse_backends(asked_for: Mapping[str, Any]) -> None:
+    for name, value in asked_for.items():
+        if value is not None:
+            raise ConfigError(
+                f"hf_speed and {name}={type(value).__name__} were both asked for, but only one "
+                "can lay out the "
+                f"processes. Remove {name} (an accelerate config or ACCELERATE_USE_* may set "
+                "it), or hf_speed."
+            )
 
 
 def _check_whole(engine: Engine, model: nn.Module) -> None:

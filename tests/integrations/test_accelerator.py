@@ -1,8 +1,9 @@
 """Plain loops on hf_speed's Accelerator train as they do on accelerate's."""
 
 import contextlib
+import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -196,51 +197,81 @@ def test_load_state_continues_what_save_state_saved(tmp_path: Path, number: int)
     torch.testing.assert_close(flat(other), flat(whole), rtol=1e-6, atol=0)
 
 
-def _refusals() -> dict[str, str]:
-    messages = {}
+def _ours(**kwargs: Any) -> hf_speed.Accelerator:
+    return hf_speed.Accelerator(cpu=True, hf_speed=stage(1), **kwargs)
 
-    def note(name: str, action: Any) -> None:
+
+def _two_models() -> None:
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    both = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    _ours().prepare(first, second, both)
+
+
+def _some_parameters() -> None:
+    accelerator = _ours()
+    model = accelerator.prepare(torch.nn.Linear(4, 4))
+    accelerator.clip_grad_norm_([model.weight], 1.0)
+
+
+def _wrapped_later() -> None:
+    accelerator = _ours()
+    inner = accelerator.prepare(torch.nn.Linear(4, 4))
+    accelerator.prepare(torch.nn.Sequential(inner, torch.nn.Linear(4, 4)))
+
+
+def _hooked() -> None:
+    hook = accelerate.utils.DDPCommunicationHookType.FP16
+    _ours(kwargs_handlers=[accelerate.utils.DistributedDataParallelKwargs(comm_hook=hook)])
+
+
+def _uneven() -> None:
+    accelerator = _ours()
+    model = accelerator.prepare(torch.nn.Linear(4, 4))
+    with accelerator.join_uneven_inputs([model], even_batches=False):
+        pass
+
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (_two_models, "prepare one nn.Module that holds them all"),
+    (_some_parameters, "Pass model.parameters()"),
+    (_wrapped_later, "prepare the outermost model once"),
+    (lambda: _ours(kwargs_handlers=[accelerate.utils.GradScalerKwargs()]), "precision.loss_scale"),
+    (lambda: _ours(dynamo_backend="eager"), "torch.compile"),
+    (_hooked, "precision.reduce_dtype"),
+    (
+        lambda: _ours(fsdp_plugin=accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)),
+        "Remove fsdp_plugin",
+    ),
+    (_uneven, "Leave even_batches=True"),
+]
+
+
+def _refusals() -> None:
+    for action, message in REFUSED:
         _fresh_state()
-        try:
+        with pytest.raises(ConfigError, match=re.escape(message)):
             action()
-        except ConfigError as error:
-            messages[name] = str(error)
-
-    def two_models() -> None:
-        accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(1))
-        first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-        both = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
-        accelerator.prepare(first, second, both)
-
-    def some_parameters() -> None:
-        accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(1))
-        model = accelerator.prepare(torch.nn.Linear(4, 4))
-        accelerator.clip_grad_norm_([model.weight], 1.0)
-
-    def wrapped_later() -> None:
-        accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(1))
-        inner = accelerator.prepare(torch.nn.Linear(4, 4))
-        accelerator.prepare(torch.nn.Sequential(inner, torch.nn.Linear(4, 4)))
-
-    def scaler() -> None:
-        handlers = [accelerate.utils.GradScalerKwargs()]
-        hf_speed.Accelerator(cpu=True, hf_speed=stage(1), kwargs_handlers=handlers)
-
-    def compiled() -> None:
-        hf_speed.Accelerator(cpu=True, hf_speed=stage(1), dynamo_backend="eager")
-
-    for each in (two_models, some_parameters, wrapped_later, scaler, compiled):
-        note(each.__name__, each)
-    return messages
 
 
 def test_what_cannot_take_effect_is_an_error() -> None:
-    messages = run_ranks(_refusals, 2)[0]
-    assert "prepare one nn.Module that holds them all" in messages["two_models"]
-    assert "Pass model.parameters()" in messages["some_parameters"]
-    assert "prepare the outermost model once" in messages["wrapped_later"]
-    assert "precision.loss_scale" in messages["scaler"]
-    assert "torch.compile" in messages["compiled"]
+    run_ranks(_refusals, 2)
+
+
+def _joined() -> tuple[list[int], bool]:
+    _fresh_state()
+    uneven = accelerate.DataLoaderConfiguration(even_batches=False)
+    accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(3), dataloader_config=uneven)
+    model, loader = accelerator.prepare(llama(), DataLoader(examples(5), batch_size=2))
+    sizes = []
+    with accelerator.join_uneven_inputs([model], even_batches=True):
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            sizes.append(len(batch["labels"]))
+    return sizes, loader.batch_sampler.even_batches
+
+
+def test_joining_evens_the_batches_out_where_asked() -> None:
+    assert run_ranks(_joined, 2) == [([2, 2], False), ([2, 2], False)]
 
 
 def _without_config() -> dict[str, Any]:
@@ -327,9 +358,12 @@ def test_accelerates_own_scripts_run(name: str, number: int) -> None:
         # It compares parameter.grad, which from stage 1 on is in the optimizer's parts.
         ("test_sync", 1, "allclose(param.grad, ddp_param.grad)", r"gradient of a .*get_full_grad"),
         ("test_sync", 3, "allclose(param.grad, ddp_param.grad)", r"gradient of a .*get_full_grad"),
+        # What they are about is refused: batches that run out, and another backend.
+        ("test_distributed_data_loop", 1, "join_uneven_inputs([ddp_model])", "even_batches=True"),
+        ("test_merge_weights", 3, "Accelerator(fsdp_plugin=plugin)", "Remove fsdp_plugin"),
     ],
 )
-def test_accelerates_own_scripts_stop_where_a_whole_tensor_is_read(
+def test_accelerates_own_scripts_stop_where_they_ask_for_what_is_not_there(
     name: str, number: int, line: str, why: str
 ) -> None:
     with pytest.raises(AssertionError, match=why) as caught:

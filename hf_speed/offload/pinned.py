@@ -26,8 +26,9 @@ class Pins:
         status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         if status != 0:
             # CUDA keeps the error for whoever asks next: let that be this launch.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device="cuda")
+            if torch.cuda.is_initialized():
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device="cuda")
             raise OffloadError(
                 f"CUDA cannot lock {memory.nbytes} bytes of host memory (error {status}). "
                 f"Raise the limit of locked memory (ulimit -l), or give the host tier less."

@@ -213,6 +213,17 @@ def test_a_file_system_without_locks_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_without_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swept(directory: Path, flags: int) -> int | None:
+        del flags
+        directory.rmdir()
+        raise FileNotFoundError
+
+    monkeypatch.setattr(rundir, "_open_lock", swept)
+    with pytest.raises(OffloadError, match=r"another run removed 16 new directories. Name another"):
+        RunDirectory(tmp_path)
+
+
 def test_a_place_where_nothing_works_says_what_the_system_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 """Every tier keeps the same bytes under the same calls, and says what is wrong with a call."""
 
+import os
 import re
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_speed.errors import OffloadError
-from hf_speed.offload import DONE, DiskStore, HostStore, StagingPool
+from hf_speed.offload import DONE, DiskStore, HostStore, StagingPool, pinned
+from hf_speed.ops.aio import AioQueue
 from tests.offload.tiers import CPU, TIERS, StagedDisk, Step, opened, play
 
 SHARE = st.floats(0, 1)
@@ -162,6 +165,99 @@ def test_staged_transfers_take_no_more_than_their_buffers(tmp_path: Path) -> Non
     pool.give(held)
     assert pool.num_free == 4
     store.close()
+
+
+def test_a_staged_transfer_that_cannot_be_started_says_why(tmp_path: Path) -> None:
+    queue = AioQueue()
+    pool = StagingPool(2 * 32768, num_buffers=2, timeout_s=0.05)
+    store = StagedDisk([tmp_path], queue=queue, staging=pool)
+    store.allocate("row", 100_000, torch.uint8)
+    store.commit("row", torch.ones(100_000, dtype=torch.uint8)).wait()
+    held = [pool.take(), pool.take()]
+    ticket = store.fetch("row", torch.empty(100_000, dtype=torch.uint8))
+    with pytest.raises(OffloadError, match="all 2 staging buffers of 32768 bytes were held"):
+        ticket.wait()
+    for buffer in held:
+        pool.give(buffer)
+    queue.close()
+    ticket = store.fetch("row", torch.empty(100_000, dtype=torch.uint8))
+    with pytest.raises(OffloadError, match=r"between disk and cpu failed: .*the queue is closed"):
+        ticket.wait()
+    assert pool.num_free == 2
+    store.close()
+
+
+def test_a_fork_is_told_to_make_its_own_store(tmp_path: Path) -> None:
+    with opened("disk, staged", tmp_path) as store:
+        store.allocate("row", 100, torch.uint8)
+        store.commit("row", torch.ones(100, dtype=torch.uint8)).wait()
+        said, say = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is the point
+            child = os.fork()
+        if child == 0:
+            try:
+                store.fetch("row", torch.empty(100, dtype=torch.uint8))
+            except OffloadError as error:
+                os.write(say, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(say)
+        with os.fdopen(said) as pipe:
+            assert re.search(
+                r"store was made before a fork, .* Make a store of its own", pipe.read()
+            )
+        os.waitpid(child, 0)
+        out = torch.empty(100, dtype=torch.uint8)
+        store.fetch("row", out).wait()
+        assert out.all()
+
+
+class _Runtime:
+    """A CUDA runtime that counts what is locked, and locks one row only."""
+
+    def __init__(self) -> None:
+        self.locked: set[int] = set()
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        """0, or CUDA's number for a lack of memory."""
+        assert nbytes > 0
+        assert flags == 0
+        if self.locked:
+            return 2
+        self.locked.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        """0."""
+        self.locked.remove(address)
+        return 0
+
+
+def test_host_rows_are_locked_while_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = _Runtime()
+    monkeypatch.setattr(pinned, "_runtime", lambda: runtime)
+    store = HostStore(pin=True)
+    store.allocate("none", 0, torch.float32)
+    store.allocate("row", 100, torch.float32)
+    assert runtime.locked == {store.view("row").data_ptr()}
+    with pytest.raises(
+        OffloadError, match=r"the host tier is full: 'new' .*CUDA cannot lock 4 byte"
+    ):
+        store.allocate("new", 1, torch.float32)
+    store.free("row")
+    assert not runtime.locked
+    store.allocate("new", 1, torch.float32)
+    store.close()
+    assert not runtime.locked
+    store = HostStore(pin=True)
+    store.allocate("row", 100, torch.float32)
+    del store  # not closed
+    assert not runtime.locked
+    pool = StagingPool(1 << 20, pin=True)
+    assert len(runtime.locked) == 1
+    pool.close()
+    assert not runtime.locked
 
 
 def test_a_full_host_and_a_full_device_say_so(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from hf_speed.config.offload import update_of
 from hf_speed.config.planner import ON_DEVICE
 from hf_speed.config.resolve import check_world
 from hf_speed.shard.layout import FlatLayout
+from hf_speed.zero.gather import FETCHES_AHEAD
+from hf_speed.zero.gradients import MAX_COMMITS
 from hf_speed.zero.group import GroupSpec
 from hf_speed.zero.reduce import MAX_IN_FLIGHT
 
@@ -100,6 +102,7 @@ class Estimator:
         config: what the user set; its stage and tiers are left to `at`.
         world_size: number of ranks.
         num_moments: tensors that the optimizer keeps per parameter (Adam 2, momentum 1, SGD 0).
+        device_type: where modules compute; the host is at hand for a CPU and not for a GPU.
     """
 
     def __init__(
@@ -109,11 +112,13 @@ class Estimator:
         *,
         world_size: int,
         num_moments: int = 2,
+        device_type: str = "cuda",
     ) -> None:
         self._blocks = [group for unit in units[:-1] for group in unit]
         self._root = [group for unit in units[-1:] for group in unit]
         self._config = config
         self._num_moments = num_moments
+        self._device_type = device_type
         self._replicas, self._shards = check_world(config, world_size)
         self._layouts: dict[tuple[tuple[int, ...], int], FlatLayout] = {}
 
@@ -126,12 +131,19 @@ class Estimator:
             accumulates: several backwards per step: stages 0 and 1 then keep whole gradients.
         """
         parameters = gradients = optimizer = 0
+        # An update that may be refused writes into second buffers, a late one keeps its gradient.
+        when = self._config.offload.step if tiers.optimizer != "device" else "after"
+        num_buffers = 1 if when == "after" else 2
+        num_gradients = 2 if when == "delayed" else 1
         for group, _ in self._groups():
             layout = self._layout(group, stage)
-            parameters += _parameter_bytes(group, layout, stage=stage, tiers=tiers)
+            kept = _parameter_bytes(group, layout, stage=stage, tiers=tiers)
+            parameters += kept
             if group.trained:
-                optimizer += self._optimizer_bytes(group, layout.part_numel)
-                gradients += layout.part_numel * group.accumulate
+                optimizer += num_buffers * self._optimizer_bytes(group, layout.part_numel)
+                gradients += num_gradients * layout.part_numel * group.accumulate
+                if kept and num_buffers > 1:
+                    parameters += layout.part_numel * group.compute
         return StateBytes(
             stage=stage,
             tiers=tiers,
@@ -139,12 +151,22 @@ class Estimator:
             gradients=gradients,
             optimizer=optimizer,
             in_flight=self._in_flight(stage, tiers, accumulates=accumulates),
-            staging=self._config.offload.staging_bytes if tiers != ON_DEVICE else 0,
+            staging=self._staging(tiers, when),
         )
 
     def needed(self, stage: int, tiers: Tiers) -> TierBytes:
         """What a plan is chosen by: as if gradients accumulated over micro-steps."""
         return self.at(stage, tiers, accumulates=True).by_tier
+
+    def _staging(self, tiers: Tiers, when: str) -> int:
+        """Chunks pass staging where a buffer cannot be updated where it lives."""
+        passes = tiers != ON_DEVICE and (self._device_type != "cpu" or when != "after")
+        return self._config.offload.staging_bytes if passes or "disk" in tiers else 0
+
+    def _streams(self, tiers: Tiers) -> bool:
+        """Whether updates go chunk by chunk, as `GroupTiers.streams` says."""
+        fused = update_of(self._config.offload, tiers.optimizer) == "fused"
+        return tiers != ON_DEVICE or fused
 
     def _parts(self, stage: int) -> int:
         return self._shards if stage else 1
@@ -161,9 +183,10 @@ class Estimator:
             )
         return self._layouts[key]
 
-    def _travels(self, group: GroupSize) -> bool:
-        """Whether gradients leave the rank or change dtype, as in `FlatGroup.travels`."""
-        return group.has_copy or self._shards * self._replicas > 1
+    def _travels(self, group: GroupSize, tiers: Tiers) -> bool:
+        """Whether gradients leave their parameters, as in `FlatGroup.travels`."""
+        apart = group.has_copy or self._streams(tiers)
+        return apart or self._shards * self._replicas > 1
 
     def _is_gathered(self, group: GroupSize, stage: int, tiers: Tiers) -> bool:
         """Whether whole values are here only while they compute."""
@@ -194,10 +217,17 @@ class Estimator:
         held: Counter[_Buffer] = Counter()
         ahead: Counter[_Buffer] = Counter()
         gathered: Counter[_Buffer] = Counter()
+        leaving: Counter[_Buffer] = Counter()
+        num_ahead = zero.prefetch_units + 1
+        if zero.prefetch_units and self._leaves(tiers.parameters):
+            num_ahead += FETCHES_AHEAD
         for group, is_root in self._groups():
             numel = self._layout(group, stage).padded_numel
-            if group.trained and self._travels(group):
+            if group.trained and self._travels(group, tiers):
                 sent[_Buffer(numel, group.wire)] += 1
+                if self._leaves(tiers.gradients):
+                    part = self._layout(group, stage).part_numel
+                    leaving[_Buffer(part, group.accumulate)] += 1
                 # Those that leave the device do so in every backward.
                 if accumulates and stage < 2 and tiers.gradients == "device":
                     held[_Buffer(numel, group.accumulate)] += 1
@@ -205,11 +235,16 @@ class Estimator:
                 kind = gathered if is_root else ahead if zero.regather else held
                 kind[_Buffer(numel, group.compute)] += 1
         total = self._widened(stage, tiers)
-        for size in sent | held | ahead | gathered:
-            count = gathered[size] + min(ahead[size], zero.prefetch_units + 1)
+        for size in sent | held | ahead | gathered | leaving:
+            count = gathered[size] + min(ahead[size], num_ahead)
+            count += min(leaving[size], MAX_COMMITS + 1)
             count += _most_alive(held[size], sent[size])
             total += count * size.numel * size.itemsize
         return total
+
+    def _leaves(self, tier: str) -> bool:
+        """Whether what goes to a tier is copied there, and is not made or read there."""
+        return tier == "disk" or (tier == "host" and self._device_type != "cpu")
 
     def _groups(self) -> Iterator[tuple[GroupSize, bool]]:
         """Every group, and whether it is the root's."""

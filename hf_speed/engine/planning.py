@@ -40,7 +40,7 @@ def plan(
         world_size=world.size,
         param_dtype=prevailing_dtype(model),
         compute_dtype=compute_dtype,
-        needed=Estimator(units, config, world_size=world.size).needed,
+        needed=Estimator(units, config, world_size=world.size, device_type=device.type).needed,
         memory=_agreed_memory(config, world, device=device),
         device_type=device.type,
     )

@@ -139,8 +139,8 @@ def _planned_bytes(model: torch.nn.Module, config: Any) -> int:
     units = sizes_of(model, config, compute_dtype=None)
     offload = config.offload
     tiers = Tiers(offload.optimizer, offload.gradients, offload.parameters)
-    planned = Estimator(units, config, world_size=1).at(3, tiers).by_tier
-    return planned.device + planned.host
+    planned = Estimator(units, config, world_size=1, device_type="cpu").at(3, tiers)
+    return planned.by_tier.device + planned.by_tier.host
 
 
 def _in_fresh_process(shape: Shape, tier: str, steps: int, staging_bytes: int) -> dict[str, Any]:

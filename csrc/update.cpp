@@ -15,8 +15,10 @@ using hfs::Kernels;
 using hfs::Keys;
 using hfs::Work;
 
-// Elements that a thread takes at a time: small enough to share the load, large enough to stream.
-constexpr int64_t kTask = 16 * HFS_TILE;
+// Elements that a thread takes at a time: 1 MiB of fp32 streams best, and a small chunk is shared
+// by all threads, several times, should one be slower.
+constexpr int64_t kLargestTask = 64 * HFS_TILE;
+constexpr int64_t kSmallestTask = 4 * HFS_TILE;
 
 // A parameter of this many elements or more is in no cache when it is read again, so it is written
 // past them: that saves reading the lines first.
@@ -99,16 +101,23 @@ int32_t check(const HfsUpdate& u) {
   return before == u.numel ? HFS_OK : HFS_BAD_SPANS;
 }
 
+int64_t task_of(int64_t numel, int32_t num_threads) {
+  const int64_t share = numel / (4 * int64_t{num_threads < 1 ? 1 : num_threads});
+  if (share >= kLargestTask) return kLargestTask;
+  return share <= kSmallestTask ? kSmallestTask : share / HFS_TILE * HFS_TILE;
+}
+
 struct UpdateJob {
   const Work& work;
   const Kernels& kernels;
+  int64_t task;  // elements
 
   static void run(void* context, int64_t index) {
     const UpdateJob& job = *static_cast<const UpdateJob*>(context);
     const StandardArithmetic standard;
-    const int64_t begin = index * kTask;
+    const int64_t begin = index * job.task;
     const int64_t rest = job.work.numel - begin;
-    job.kernels.update(job.work, begin, begin + (rest < kTask ? rest : kTask));
+    job.kernels.update(job.work, begin, begin + (rest < job.task ? rest : job.task));
 #if defined(__x86_64__)
     // Stores past the caches are seen in order by nobody else, until this.
     if (job.work.streams_out) _mm_sfence();
@@ -145,14 +154,16 @@ struct SquareSumJob {
   int32_t type;
   int64_t numel;
   const Kernels& kernels;
+  int64_t task;  // elements
   double* sums;
 
   static void run(void* context, int64_t index) {
     const SquareSumJob& job = *static_cast<const SquareSumJob*>(context);
     const StandardArithmetic standard;
     const int64_t size = job.type == HFS_FP32 ? 4 : 2;
-    const int64_t end = (index + 1) * kTask < job.numel ? (index + 1) * kTask : job.numel;
-    for (int64_t i = index * kTask; i < end; i += HFS_TILE) {
+    const int64_t begin = index * job.task;
+    const int64_t end = begin + job.task < job.numel ? begin + job.task : job.numel;
+    for (int64_t i = begin; i < end; i += HFS_TILE) {
       const int64_t numel = end - i < HFS_TILE ? end - i : HFS_TILE;
       job.sums[i / HFS_TILE] = job.kernels.square_sum(job.values + i * size, job.type, numel);
     }
@@ -206,8 +217,8 @@ int32_t hfs_update(const HfsUpdate* update) {
   if (kernels == nullptr) return HFS_BAD_ISA;
   const bool is_aligned = reinterpret_cast<uintptr_t>(update->out) % 64 == 0;
   const Work work = {*update, keys_of(update->seed), is_aligned && update->numel >= kStreamed};
-  UpdateJob job = {work, *kernels};
-  hfs::parallel_for(ceil_div(update->numel, kTask), update->num_threads, UpdateJob::run, &job);
+  UpdateJob job = {work, *kernels, task_of(update->numel, update->num_threads)};
+  hfs::parallel_for(ceil_div(work.numel, job.task), work.num_threads, UpdateJob::run, &job);
   return HFS_OK;
 }
 
@@ -249,8 +260,9 @@ int32_t hfs_square_sum(const void* values, int32_t type, int64_t numel, int32_t 
   const int64_t num_tiles = ceil_div(numel, HFS_TILE);
   double* scratch = static_cast<double*>(malloc(num_tiles * sizeof(double) + 1));
   if (scratch == nullptr) return HFS_NO_MEMORY;
-  SquareSumJob job = {static_cast<const char*>(values), type, numel, *kernels, scratch};
-  hfs::parallel_for(ceil_div(numel, kTask), num_threads, SquareSumJob::run, &job);
+  const int64_t task = task_of(numel, num_threads);
+  SquareSumJob job = {static_cast<const char*>(values), type, numel, *kernels, task, scratch};
+  hfs::parallel_for(ceil_div(numel, task), num_threads, SquareSumJob::run, &job);
   *sum = fold(scratch, num_tiles);
   free(scratch);
   return HFS_OK;

@@ -34,6 +34,7 @@ from hf_speed.integrations.accelerate.optimizer import SpeedOptimizer
 from hf_speed.integrations.accelerate.state import engines_load, engines_save
 from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
 from hf_speed.integrations.transformers.loading import attach
+from hf_speed.integrations.transformers.saving import wrap_save
 from hf_speed.integrations.weights import full_state_dict, write_model
 
 _PLUGINS = ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")
@@ -173,6 +174,7 @@ class Accelerator(accelerate.Accelerator):
             attach(
                 model, self.hf_speed_config, compute_dtype=self.compute_dtype, device=self.device
             )
+            wrap_save(model)
         else:
             model.to(self.device)
         # Evaluation mode leaves out DistributedDataParallel and keeps autocast.

@@ -27,8 +27,13 @@ class Cell(Protocol):
         """Of every element."""
         ...
 
+    @property
+    def device(self) -> torch.device | None:
+        """Of `view`; None where the memory cannot be addressed. Waits for nothing."""
+        ...
+
     def view(self) -> Tensor | None:
-        """(numel,) the memory itself, or None where it cannot be addressed."""
+        """(numel,) the memory itself, nothing in flight on it; None where it has no address."""
         ...
 
     def fetch(self, out: Tensor, start: int = 0) -> Ticket:
@@ -59,6 +64,11 @@ class TensorCell:
     def dtype(self) -> torch.dtype:
         """Of every element."""
         return self._tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensor."""
+        return self._tensor.device
 
     def view(self) -> Tensor:
         """The tensor."""
@@ -97,6 +107,11 @@ class StoreCell:
     def dtype(self) -> torch.dtype:
         """Of every element."""
         return self._dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """The store's, unless it is a disk."""
+        return None if self._store.tier == "disk" else self._store.device
 
     def view(self) -> Tensor | None:
         """The store's memory, where it is addressable."""
@@ -160,6 +175,11 @@ class ShadowedCell:
     def dtype(self) -> torch.dtype:
         """Of every element."""
         return self.primary.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of both buffers."""
+        return self.primary.device
 
     def view(self) -> Tensor | None:
         """The first buffer's memory, until `accept`."""

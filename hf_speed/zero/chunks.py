@@ -121,8 +121,7 @@ class Walk:
             raise
 
     def _is_here(self, operand: Operand) -> bool:
-        view = operand.cell.view()
-        return operand.apart is None and view is not None and view.device == self.device
+        return operand.apart is None and operand.cell.device == self.device
 
     def _begin(self, job: Job, committing: "deque[_Stage]") -> "_Stage":
         staged = [name for name, each in job.operands.items() if not self._is_here(each)]
@@ -132,8 +131,8 @@ class Walk:
         place = 0
         for name, operand in job.operands.items():
             start, numel = job.start // operand.block, -(-job.numel // operand.block)
-            view = operand.cell.view()
             if buffer is None or name not in staged:
+                view = operand.cell.view()
                 if view is not None:
                     values[name] = view[start : start + numel]
                 continue

@@ -82,7 +82,7 @@ class Unit:
     @property
     def is_far(self) -> bool:
         """Whether its values come from a tier that cannot be addressed, so that a fetch lasts."""
-        return any(cell.view() is None for group in self.sharded for cell in group.sources)
+        return any(cell.device is None for group in self.sharded for cell in group.sources)
 
 
 class SavedView(NamedTuple):

@@ -127,8 +127,7 @@ class GradientTier:
 
 def _view_on(group: FlatGroup, cell: Cell) -> Tensor | None:
     """The tier's own memory, where the group's sums can be made in it."""
-    view = cell.view()
-    return view if view is not None and view.device == group.device else None
+    return cell.view() if cell.device == group.device else None
 
 
 class PieceGradients:

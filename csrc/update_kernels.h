@@ -220,31 +220,41 @@ HFS_TARGET float encode(const float* values, uint8_t* codes) {
   return scale;
 }
 
-// One 8-bit moment of one block, decoded. The codes past the chunk's end are zeros.
+// One 8-bit moment of one block, decoded.
 struct Block {
   alignas(64) float values[HFS_BLOCK];
-  alignas(64) uint8_t codes[HFS_BLOCK];
 };
 
-HFS_TARGET void open_block(Block& block, const void* codes, const float* scales, bool is_signed,
+// A block's codes where they lie, or, of a short one, in `spare` with zeros behind them.
+HFS_INLINE uint8_t* codes_at(void* codes, uint8_t* spare, int64_t begin, int64_t numel) {
+  uint8_t* const at = static_cast<uint8_t*>(codes) + begin;
+  if (numel == HFS_BLOCK) return at;
+  memset(spare, 0, HFS_BLOCK);
+  memcpy(spare, at, numel);
+  return spare;
+}
+
+HFS_TARGET void open_block(Block& block, void* codes, const float* scales, bool is_signed,
                            int64_t begin, int64_t numel) {
-  memset(block.codes + numel, 0, HFS_BLOCK - numel);
-  memcpy(block.codes, static_cast<const uint8_t*>(codes) + begin, numel);
+  alignas(64) uint8_t spare[HFS_BLOCK];
+  const uint8_t* const at = codes_at(codes, spare, begin, numel);
   const float scale = scales[begin / HFS_BLOCK];
   if (is_signed) {
-    decode<Vector, true>(block.codes, scale, block.values);
+    decode<Vector, true>(at, scale, block.values);
   } else {
-    decode<Vector, false>(block.codes, scale, block.values);
+    decode<Vector, false>(at, scale, block.values);
   }
   // Where the scale is no number, what lies past the end must not be one either way.
-  memset(block.values + numel, 0, (HFS_BLOCK - numel) * sizeof(float));
+  for (int64_t i = numel; i < HFS_BLOCK; ++i) block.values[i] = 0.0f;
 }
 
 HFS_TARGET void close_block(Block& block, void* codes, float* scales, bool is_signed, int64_t begin,
                             int64_t numel) {
-  scales[begin / HFS_BLOCK] = is_signed ? encode<Vector, true>(block.values, block.codes)
-                                        : encode<Vector, false>(block.values, block.codes);
-  memcpy(static_cast<uint8_t*>(codes) + begin, block.codes, numel);
+  alignas(64) uint8_t spare[HFS_BLOCK];
+  uint8_t* const at = codes_at(codes, spare, begin, numel);
+  scales[begin / HFS_BLOCK] =
+      is_signed ? encode<Vector, true>(block.values, at) : encode<Vector, false>(block.values, at);
+  if (at == spare) memcpy(static_cast<uint8_t*>(codes) + begin, spare, numel);
 }
 
 HFS_INLINE bool is_touched(const HfsUpdate& u, int64_t begin, int64_t end) {

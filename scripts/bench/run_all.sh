@@ -22,8 +22,11 @@ run zero_bytes.py "$@"
 run zero_memory.py "$@"
 run zero_step.py "$@"
 run disk_io.py "$@"
+run cpu_adam.py "$@"
+run offload_step.py "$@"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     run zero_step.py --device cuda "$@"
+    run offload_gpu.py "$@"
 fi
 if [ "${1:-}" = --quick ]; then
     echo "quick records, not kept with the repository: $results"

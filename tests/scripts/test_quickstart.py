@@ -38,8 +38,9 @@ def test_bytes_are_counted_once_per_storage_and_by_kind() -> None:
 
 
 def test_the_table_compares_training_state_and_hides_nothing() -> None:
-    plain = {"parameters": 100, "gradients": 100, "optimizer state": 200, "other": 1}
-    rank = {"parameters": 50, "gradients": 50, "optimizer state": 100, "other": 60}
+    plain = {"parameters": 100, "gradients": 100, "optimizer state": 200, "other": 1, "disk": 0}
+    rank = {"parameters": 50, "gradients": 50, "optimizer state": 100, "other": 60, "disk": 77}
     table = report.bytes_table([plain], [rank, rank])
     assert "the largest rank keeps 50.0% of plain PyTorch's training state" in table
     assert table.count("260") == 2
+    assert table.count("77") == 2

@@ -20,19 +20,22 @@ def read(path: Path) -> Any:
 def bytes_table(plain: list[dict[str, int]], sharded: list[dict[str, int]]) -> str:
     """Lay out the bytes alive per rank beside plain PyTorch's."""
     names = [f"rank {rank} of {len(sharded)}" for rank in range(len(sharded))]
-    lines = [f"{'bytes alive per process':<24}{'plain PyTorch':>16}" + "".join(
+    lines = [f"{'bytes alive per process':<26}{'plain PyTorch':>16}" + "".join(
         f"{name:>16}" for name in names)]  # fmt: skip
     columns = [plain[0], *sharded]
     rows = [(kind, [counted[kind] for counted in columns]) for kind in STATE]
     state = [sum(counted[kind] for kind in STATE) for counted in columns]
-    rows += [("training state", state), ("units in flight, rest", [c["other"] for c in columns])]
-    rows += [("all", [sum(counted.values()) for counted in columns])]
+    rows += [("training state", state)]
+    rows += [("in flight, staging, rest", [counted["other"] for counted in columns])]
+    disk = [counted["disk"] for counted in columns]
+    rows += [("all of it in memory", [sum(c.values()) - c["disk"] for c in columns])]
+    rows += [("on disk (moments)", disk)]
     for kind, numbers in rows:
-        lines.append(f"{kind:<24}" + "".join(f"{number:>16,}" for number in numbers))
-    lines.append(
-        f"the largest rank keeps {max(state[1:]) / state[0]:.1%} of plain PyTorch's training state;"
-    )
-    lines.append("units in flight are a fixed number of blocks, whatever the depth of the model")
+        lines.append(f"{kind:<26}" + "".join(f"{number:>16,}" for number in numbers))
+    kept = max(state[1:]) / state[0]
+    lines.append(f"the largest rank keeps {kept:.1%} of plain PyTorch's training state in memory;")
+    lines.append("units in flight are a fixed number of blocks, and staging to and from the disk a")
+    lines.append("fixed number of bytes, whatever the size of the model")
     return "\n".join(lines)
 
 

@@ -216,9 +216,8 @@ class Queue {
         char* buffer = slot->buffer + slot->moved;
         const size_t length = static_cast<size_t>(slot->length - slot->moved);
         const off_t position = slot->position + slot->moved;
-        const ssize_t result = slot->ticket->is_write
-                                   ? pwrite(slot->fd(), buffer, length, position)
-                                   : pread(slot->fd(), buffer, length, position);
+        const ssize_t result = slot->ticket->is_write ? pwrite(slot->fd(), buffer, length, position)
+                                                      : pread(slot->fd(), buffer, length, position);
         more = needs_more(slot, result < 0 ? -errno : result, &error);
       }
       settle(slot, error);
@@ -227,9 +226,8 @@ class Queue {
 
   void push(Ring* ring, size_t index) {
     Piece& slot = slots_[index];
-    ring->push(slot.ticket->is_write ? Op::kWrite : Op::kRead, slot.fd(),
-               slot.buffer + slot.moved, slot.length - slot.moved, slot.position + slot.moved,
-               index);
+    ring->push(slot.ticket->is_write ? Op::kWrite : Op::kRead, slot.fd(), slot.buffer + slot.moved,
+               slot.length - slot.moved, slot.position + slot.moved, index);
   }
 
   void listen(Ring* ring) {
@@ -277,7 +275,7 @@ class Queue {
   const pid_t pid_ = getpid();
   int backend_ = HFS_AIO_THREADS;
   char* bounce_ = nullptr;
-  int bell_ = -1;     // an eventfd: wakes the thread that sleeps in the ring
+  int bell_ = -1;            // an eventfd: wakes the thread that sleeps in the ring
   uint64_t bell_count_ = 0;  // read by the kernel into here, at the latest when its thread ends
   int ring_fd_ = -1;         // for abandon() only
   std::vector<std::thread> threads_;
@@ -294,9 +292,9 @@ class Queue {
 }  // namespace hfs_aio
 
 using hfs_aio::File;
+using hfs_aio::kPage;
 using hfs_aio::Queue;
 using hfs_aio::Ticket;
-using hfs_aio::kPage;
 
 struct HfsAioQueue {
   std::shared_ptr<Queue> held;

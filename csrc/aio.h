@@ -31,11 +31,11 @@ enum { HFS_AIO_PENDING = 0, HFS_AIO_DONE = 1, HFS_AIO_FORKED = -1 };
 
 // The first failure of a ticket. `error` is 0 if there was none.
 typedef struct HfsAioFault {
-  int32_t error;       // errno; EIO where the kernel moved fewer bytes than asked and no error
-  int32_t part;        // which descriptor of the file
-  int64_t position;    // where in that descriptor
-  int64_t asked;       // bytes
-  int64_t moved;       // bytes, of those asked
+  int32_t error;     // errno; EIO where the kernel moved fewer bytes than asked and no error
+  int32_t part;      // which descriptor of the file
+  int64_t position;  // where in that descriptor
+  int64_t asked;     // bytes
+  int64_t moved;     // bytes, of those asked
 } HfsAioFault;
 
 // Opens a queue of `depth` blocks in flight, at most `block_bytes` (a multiple of 4096) each.

@@ -73,8 +73,8 @@ inline void cut_piece(Ticket* ticket, int64_t block_bytes, Piece* piece) {
   const int64_t left = ticket->nbytes - ticket->cut;
   int64_t useful = std::min({block_bytes, file.stripe_bytes - inside, left});
   piece->memory = ticket->memory + ticket->cut;
-  const bool aligned = reinterpret_cast<uintptr_t>(piece->memory) %
-                           static_cast<uintptr_t>(file.memory_align) == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(piece->memory) % static_cast<uintptr_t>(file.memory_align) == 0;
   if (aligned && useful >= kPage) useful -= useful % kPage;
   piece->buffer = aligned && useful % kPage == 0 ? piece->memory : piece->bounce;
   piece->useful = useful;

@@ -152,8 +152,8 @@ class Ring {
   }
 
   void* map_ring(size_t bytes, off_t offset) const {
-    void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_,
-                       offset);
+    void* found =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_, offset);
     if (found == MAP_FAILED) return nullptr;
     madvise(found, bytes, MADV_DONTFORK);
     return found;

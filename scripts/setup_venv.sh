@@ -3,9 +3,10 @@
 #
 #   bash scripts/setup_venv.sh [EXTRAS]      EXTRAS: comma-separated, of recipes, test, dev, bench
 #
-# Run again, it does nothing unless the pins, pyproject.toml or the extras changed. PYTHON names another interpreter
-# (>= 3.11). Which torch build arrives, CPU or CUDA, is the package index's choice: `torch` is pinned by its release
-# number alone, and pip's own settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) may prefer a CPU build.
+# Run again, it does nothing unless the pins, pyproject.toml, csrc/ or the extras changed. csrc/ is compiled: there must
+# be a C++17 compiler. PYTHON names another interpreter (>= 3.11). Which torch build arrives, CPU or CUDA, is the package
+# index's choice: `torch` is pinned by its release number alone, and pip's own settings (PIP_EXTRA_INDEX_URL,
+# PIP_FIND_LINKS) may prefer a CPU build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,7 +24,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 stamp=".venv/installed-${extras//,/-}"
-fingerprint="$(cat "$constraints" pyproject.toml | cksum)"
+fingerprint="$(cat "$constraints" pyproject.toml csrc/* | cksum)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$fingerprint" ]; then
     exit 0
 fi

@@ -21,6 +21,7 @@ run() {
 run zero_bytes.py "$@"
 run zero_memory.py "$@"
 run zero_step.py "$@"
+run cpu_adam.py "$@"
 run disk_io.py "$@"
 run cpu_adam.py "$@"
 run offload_step.py "$@"

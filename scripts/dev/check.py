@@ -1,7 +1,7 @@
 """Runs what CI checks besides the tests: format, lint, types, layers, spelling, whitespace.
 
     .venv/bin/python scripts/dev/check.py [NAME ...]     all, or those named
-    .venv/bin/python scripts/dev/check.py --fix          let ruff rewrite what it can, then check
+    .venv/bin/python scripts/dev/check.py --fix          let the formatters rewrite, then check
 
 Every check runs, even after one has failed; the exit status is 1 if any did.
 """
@@ -15,22 +15,33 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(sysconfig.get_path("scripts"))
+NATIVE = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("csrc", "tests/csrc", "scripts/bench")
+    for path in (ROOT / folder).iterdir()
+    if path.suffix in {".cpp", ".h"}
+)
 
 CHECKS: dict[str, list[str]] = {
     "format": ["ruff", "format", "--check", "."],
+    "native": ["clang-format", "--dry-run", "--Werror", *NATIVE],
     "lint": ["ruff", "check", "."],
     "types": ["pyrefly", "check"],
     "layers": ["lint-imports", "--no-cache"],
     "spelling": ["codespell"],
 }
-FIXES: list[list[str]] = [["ruff", "check", "--fix", "."], ["ruff", "format", "."]]
+FIXES: list[list[str]] = [
+    ["ruff", "check", "--fix", "."],
+    ["ruff", "format", "."],
+    ["clang-format", "-i", *NATIVE],
+]
 
 
 def main() -> int:
     """Run the checks and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CHECKS)}")
-    parser.add_argument("--fix", action="store_true", help="let ruff rewrite what it can first")
+    parser.add_argument("--fix", action="store_true", help="let the formatters rewrite first")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(CHECKS):
         parser.error(f"no such check: {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")

@@ -20,12 +20,12 @@
 
 #include "aio.h"
 
-#define CHECK(condition)                                                    \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
+#define CHECK(condition)                                                      \
+  do {                                                                        \
+    if (!(condition)) {                                                       \
       fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      exit(1);                                                              \
-    }                                                                       \
+      exit(1);                                                                \
+    }                                                                         \
   } while (0)
 
 namespace {
@@ -214,8 +214,8 @@ void closing_finishes_what_was_submitted(const Options& options) {
   queue.reset();
   CHECK(hfs_aio_ticket_wait(late.get(), 0) == HFS_AIO_DONE);
   CHECK(fcntl(opened.fds[0], F_GETFD) == -1);  // closed with the last ticket
-  std::unique_ptr<char, decltype(&free)> block(
-      static_cast<char*>(aligned_alloc(kPage, kBlock)), &free);
+  std::unique_ptr<char, decltype(&free)> block(static_cast<char*>(aligned_alloc(kPage, kBlock)),
+                                               &free);
   CHECK(pread(kept, block.get(), kBlock, 31 * kBlock) == kBlock);
   CHECK(memcmp(block.get(), source.data() + 62 * kBlock, kBlock) == 0);
   close(kept);

@@ -103,7 +103,7 @@ def _metadata_functions() -> frozenset[Any]:
 
 
 class ShardedParameter(nn.Parameter):
-    """What a parameter is while its values are spread over the ranks."""
+    """What a parameter is while its values are on other ranks, or on another memory tier."""
 
     _metadata = _metadata_functions()
 
@@ -172,8 +172,9 @@ def _read_error(parameter: ShardedParameter | None, operation: str) -> ShardedPa
         with torch._C.DisableTorchFunctionSubclass():
             shape = f" of shape {tuple(parameter.shape)}"
     return ShardedParameterError(
-        f"{operation} needs the values of {name}{shape}, which are spread over the ranks "
-        f"(zero.stage=3) outside of its module's forward and backward. Read or change them inside "
+        f"{operation} needs the values of {name}{shape}, which are elsewhere outside of "
+        f"its module's forward and backward: on other ranks (zero.stage=3) or on another memory "
+        f"tier (offload.parameters, hf_speed.offload_states). Read or change them inside "
         f"`with hf_speed.gathered(model, [{name!r}]):` (modify=True to keep changes), entered by "
         f"every rank."
     )

@@ -72,14 +72,15 @@ def _run(arguments: argparse.Namespace) -> int:
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     world_size: int = arguments.num_processes
     units = sizes_of(meta_model(arguments.model), config, compute_dtype=dtype)
-    estimator = Estimator(units, config, world_size=world_size)
+    device_type = "cpu" if memory.shared else "cuda"
+    estimator = Estimator(units, config, world_size=world_size, device_type=device_type)
     resolved = resolve(
         config,
         world_size=world_size,
         param_dtype=dtype,
         needed=estimator.needed,
         memory=memory,
-        device_type="cpu" if memory.shared else "cuda",
+        device_type=device_type,
     )
     chosen = Tiers(*resolved.offload.tiers[:3])
     num_parameters = sum(sum(group.numels) for unit in units for group in unit)

@@ -36,8 +36,9 @@ def what_fits(
     """
     *blocks, root = units
     copies = ceil(MIN_BLOCKS / max(len(blocks), 1))
+    device_type = "cpu" if memory.shared else "cuda"
     small, large = (
-        Estimator([*(blocks * times), root], config, world_size=world_size)
+        Estimator([*(blocks * times), root], config, world_size=world_size, device_type=device_type)
         for times in (copies, 2 * copies)
     )
     limits = limits_of(config.offload, memory, is_open=True)

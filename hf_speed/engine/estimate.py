@@ -66,7 +66,8 @@ class StateBytes(NamedTuple):
         parameters: what the rank keeps while nothing computes.
         gradients: what waits for the step.
         optimizer: masters that are a copy, and moments.
-        in_flight: on the device: gathered or fetched units, gradients on their way.
+        in_flight: on the device: gathered or fetched units, gradients on their way, chunks that
+            are updated there.
         staging: host memory that chunks pass; only where a tier is not the device.
     """
 
@@ -144,24 +145,35 @@ class Estimator:
                 gradients += num_gradients * layout.part_numel * group.accumulate
                 if kept and num_buffers > 1:
                     parameters += layout.part_numel * group.compute
+        on_device, on_host = self._staging(tiers, when)
         return StateBytes(
             stage=stage,
             tiers=tiers,
             parameters=parameters,
             gradients=gradients,
             optimizer=optimizer,
-            in_flight=self._in_flight(stage, tiers, accumulates=accumulates),
-            staging=self._staging(tiers, when),
+            in_flight=self._in_flight(stage, tiers, accumulates=accumulates) + on_device,
+            staging=on_host,
         )
 
     def needed(self, stage: int, tiers: Tiers) -> TierBytes:
         """What a plan is chosen by: as if gradients accumulated over micro-steps."""
         return self.at(stage, tiers, accumulates=True).by_tier
 
-    def _staging(self, tiers: Tiers, when: str) -> int:
-        """Chunks pass staging where a buffer cannot be updated where it lives."""
-        passes = tiers != ON_DEVICE and (self._device_type != "cpu" or when != "after")
-        return self._config.offload.staging_bytes if passes or "disk" in tiers else 0
+    def _staging(self, tiers: Tiers, when: str) -> tuple[int, int]:
+        """Bytes on device and host of the buffers that chunks pass.
+
+        The update has some where a buffer cannot be updated in its place: on the host, or on a GPU
+        that keeps the optimizer's state or shares the update. Between a disk and a GPU are others.
+        """
+        offload = self._config.offload
+        if tiers == ON_DEVICE:
+            return 0, 0
+        if self._device_type == "cpu":
+            return 0, offload.staging_bytes if when != "after" or "disk" in tiers else 0
+        num_device = int(tiers.optimizer == "device") + int(offload.cpu_share < 1.0)
+        num_host = int(tiers.optimizer != "device") + int("disk" in tiers)
+        return num_device * offload.staging_bytes, num_host * offload.staging_bytes
 
     def _streams(self, tiers: Tiers) -> bool:
         """Whether updates go chunk by chunk, as `GroupTiers.streams` says."""
@@ -228,8 +240,8 @@ class Estimator:
                 if self._leaves(tiers.gradients):
                     part = self._layout(group, stage).part_numel
                     leaving[_Buffer(part, group.accumulate)] += 1
-                # Those that leave the device do so in every backward.
-                if accumulates and stage < 2 and tiers.gradients == "device":
+                if accumulates and stage < 2:
+                    # On the device whatever their tier: they are reduced once, at the end.
                     held[_Buffer(numel, group.accumulate)] += 1
             if self._is_gathered(group, stage, tiers):
                 kind = gathered if is_root else ahead if zero.regather else held
@@ -237,8 +249,7 @@ class Estimator:
         total = self._widened(stage, tiers)
         for size in sent | held | ahead | gathered | leaving:
             count = gathered[size] + min(ahead[size], num_ahead)
-            count += min(leaving[size], MAX_COMMITS + 1)
-            count += _most_alive(held[size], sent[size])
+            count += _most_alive(held[size], sent[size], leaving[size])
             total += count * size.numel * size.itemsize
         return total
 
@@ -278,15 +289,19 @@ def _parameter_bytes(group: GroupSize, layout: FlatLayout, *, stage: int, tiers:
     return 0 if group.has_copy and on_device else layout.part_numel * group.compute
 
 
-def _most_alive(num_held: int, num_sent: int) -> int:
+def _most_alive(num_held: int, num_sent: int, num_leaving: int) -> int:
     """Most buffers of one size at once, in a backward.
 
     Args:
         num_held: buffers that are full when it begins; one is free again with each group passed.
         num_sent: groups whose gradients are sent from such a buffer, and arrive in another.
+        num_leaving: groups whose sum goes to its tier from such a buffer, once it has arrived.
     """
     under_way = min(num_sent, MAX_IN_FLIGHT + 1) + min(num_sent, MAX_IN_FLIGHT)
-    passed = range(min(num_held, num_sent) + 1)
+    leaving = min(num_leaving, MAX_COMMITS + 1)
     if not num_held:
-        return under_way
-    return max(num_held - each + min(2 * each + 1, under_way) for each in passed)
+        return under_way + leaving
+    return max(
+        num_held - each + min(2 * each + 1, under_way) + min(max(each - MAX_IN_FLIGHT, 0), leaving)
+        for each in range(num_held + 1)
+    )

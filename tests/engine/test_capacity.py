@@ -26,7 +26,8 @@ def test_the_largest_model_fits_and_one_block_more_does_not(world_size: int, sha
             assert num_blocks > 3
             for more, fits in ((0, True), (1, False)):
                 units = [[BLOCK]] * (num_blocks + more) + [[ROOT]]
-                estimator = Estimator(units, CONFIG, world_size=world_size)
+                kind = "cpu" if shared else "cuda"
+                estimator = Estimator(units, CONFIG, world_size=world_size, device_type=kind)
                 device, host, disk = estimator.needed(stage, row.tiers)
                 both = (device + host, 0) if shared else (device, host)
                 within = both[0] <= limits.device and both[1] <= limits.host

@@ -91,9 +91,36 @@ def test_every_byte_is_on_one_tier() -> None:
             state = estimator.at(stage, tiers)
             kept = state.parameters + state.gradients + state.optimizer
             assert sum(state.by_tier) == kept + state.in_flight + state.staging == state.total
-            assert (state.staging > 0) == (tiers != ON_DEVICE)
+            assert (state.staging > 0) == (tiers.optimizer != "device")
             assert (state.by_tier.disk > 0) == ("disk" in tiers)
     assert estimator.at(2, Tiers("device", "device", "host")).in_flight > estimator.at(2).in_flight
+
+
+@pytest.mark.parametrize(
+    ("tiers", "on_device", "on_host"),
+    [
+        (ON_DEVICE, 0, 0),
+        (Tiers("host", "device", "device"), 0, 1),
+        (Tiers("disk", "host", "device"), 0, 2),
+        (Tiers("device", "host", "device"), 1, 0),
+        (Tiers("device", "disk", "device"), 1, 1),
+    ],
+)
+def test_staging_stands_where_a_gpus_chunks_pass(
+    tiers: Tiers, on_device: int, on_host: int
+) -> None:
+    mib = 1 << 20
+    little, much = (
+        _estimator([[_mixed()]], {"offload": {"staging_bytes": n * mib}}).at(2, tiers)
+        for n in (16, 17)
+    )
+    assert much.in_flight - little.in_flight == on_device * mib
+    assert much.staging - little.staging == on_host * mib
+    config = load_config({"offload": {"optimizer": "host", "cpu_share": 0.5}})
+    alone = load_config({"offload": {"optimizer": "host"}})
+    host = Tiers("host", "device", "device")
+    both, one = (Estimator([[_mixed()]], c, world_size=4).at(2, host) for c in (config, alone))
+    assert both.in_flight - one.in_flight == 256 * mib
 
 
 def test_gradients_that_torch_reads_wider_are_copied_for_the_step() -> None:

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     dtype: torch.dtype | None
     tiers: Tiers
     offload: tuple[tuple[str, Any], ...] = ()
+    num_backwards: int = 1
 
 
 PLACES = [
@@ -43,6 +44,8 @@ CASES = [
     Case(3, torch.bfloat16, PLACES[3], (("step", "speculative"),)),
     Case(0, None, PLACES[1], (("step", "delayed"),)),
     Case(3, torch.bfloat16, PLACES[3], (("step", "delayed"),)),
+    *(Case(stage, torch.bfloat16, PLACES[3], (), 2) for stage in (0, 3)),
+    Case(0, None, PLACES[1], (), 2),
 ]
 
 
@@ -63,7 +66,9 @@ def _held_and_estimated(case: Case) -> tuple[TierBytes, TierBytes]:
         optimizer = torch.optim.AdamW(model.parameters())
         engine.bind_optimizer(optimizer)
         for step in range(3):
-            engine.backward(model(**share(global_batch("llama", step))).loss)
+            for backward in range(case.num_backwards):
+                engine.sync_gradients = backward == case.num_backwards - 1
+                engine.backward(model(**share(global_batch("llama", step))).loss)
             held = _held(engine, optimizer)
             optimizer.step()
             optimizer.zero_grad()
@@ -73,7 +78,8 @@ def _held_and_estimated(case: Case) -> tuple[TierBytes, TierBytes]:
             world_size=ranks_here(),
             device_type="cpu",
         )
-        estimate = estimator.at(case.stage, case.tiers).by_tier
+        accumulates = case.num_backwards > 1
+        estimate = estimator.at(case.stage, case.tiers, accumulates=accumulates).by_tier
         engine.detach()
     return held, estimate
 

@@ -2,14 +2,11 @@
 
 import contextlib
 import re
-import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import accelerate
-import accelerate.accelerator
 import pytest
 import torch
 import torch.distributed as dist
@@ -306,66 +303,3 @@ def _environment() -> dict[str, Any]:
 def test_the_launcher_carries_the_config_in_the_environment() -> None:
     found = run_ranks(_environment, 2, env={"HF_SPEED_CONFIG": '{"zero": {"stage": 2}}'})[0]
     assert found == {"stage": 2}
-
-
-@contextlib.contextmanager
-def _rebound(config: Any) -> Iterator[None]:
-    """Accelerate's own names stand for our Accelerator."""
-
-    class Ours(hf_speed.Accelerator):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, hf_speed=config, **kwargs)
-
-    with (
-        mock.patch.object(accelerate, "Accelerator", Ours),
-        mock.patch.object(accelerate.accelerator, "Accelerator", Ours),
-    ):
-        yield
-
-
-def _upstream_script(name: str, config: Any) -> None:
-    _fresh_state()
-    with _rebound(config):
-        runpy.run_module(f"accelerate.test_utils.scripts.{name}", run_name="__main__")
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("test_script", 0),
-        ("test_script", 1),
-        ("test_script", 2),
-        ("test_ops", 0),
-        ("test_ops", 3),
-        ("test_sync", 0),
-    ],
-)
-def test_accelerates_own_scripts_run(name: str, number: int) -> None:
-    # Their sections in 16 bit mean fp32 parameters under autocast.
-    run_ranks(_upstream_script, 2, name, stage(number, precision={"working_dtype": "own"}))
-
-
-@pytest.mark.parametrize(
-    ("name", "number", "line", "why"),
-    [
-        # Trained as under DDP, it then reads `unwrap_model(model).a`, which no rank holds.
-        (
-            "test_script",
-            3,
-            "torch.testing.assert_close(",
-            r"values of a of shape \(\).*gathered\(model, \['a'\]\)",
-        ),
-        # It compares parameter.grad, which from stage 1 on is in the optimizer's parts.
-        ("test_sync", 1, "allclose(param.grad, ddp_param.grad)", r"gradient of a .*get_full_grad"),
-        ("test_sync", 3, "allclose(param.grad, ddp_param.grad)", r"gradient of a .*get_full_grad"),
-        # What they are about is refused: batches that run out, and another backend.
-        ("test_distributed_data_loop", 1, "join_uneven_inputs([ddp_model])", "even_batches=True"),
-        ("test_merge_weights", 3, "Accelerator(fsdp_plugin=plugin)", "Remove fsdp_plugin"),
-    ],
-)
-def test_accelerates_own_scripts_stop_where_they_ask_for_what_is_not_there(
-    name: str, number: int, line: str, why: str
-) -> None:
-    with pytest.raises(AssertionError, match=why) as caught:
-        run_ranks(_upstream_script, 2, name, stage(number, precision={"working_dtype": "own"}))
-    assert line in str(caught.value)

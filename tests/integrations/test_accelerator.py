@@ -194,6 +194,57 @@ def test_load_state_continues_what_save_state_saved(tmp_path: Path, number: int)
     torch.testing.assert_close(flat(other), flat(whole), rtol=1e-6, atol=0)
 
 
+def _two_at_once(number: int, seed: int) -> tuple[Any, list[Any], list[Any], Any]:
+    """A teacher and a student, each with its optimizer, and a frozen third."""
+    _fresh_state()
+    accelerator = hf_speed.Accelerator(cpu=True, hf_speed=stage(number))
+    models = [llama(seed), llama(seed + 1, num_hidden_layers=1), llama(seed + 2)]
+    models[2].requires_grad_(requires_grad=False)
+    optimizers = [
+        torch.optim.AdamW(models[0].parameters(), lr=1e-2),
+        torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9),
+    ]
+    loader = DataLoader(examples(16), batch_size=4 // dist.get_world_size())
+    *prepared, loader = accelerator.prepare(*models, *optimizers, loader)
+    return accelerator, prepared[:3], prepared[3:], loader
+
+
+def _teach(accelerator: Any, models: list[Any], optimizers: list[Any], loader: Any) -> list[float]:
+    losses = []
+    for batch in loader:
+        outputs = [model(**batch) for model in models]
+        gap = outputs[1].logits - outputs[0].logits.detach() - outputs[2].logits
+        loss = outputs[0].loss + gap.square().mean()
+        accelerator.backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(accelerator.gather(loss.detach()).mean()))
+    return losses
+
+
+def _save_two(directory: str, number: int) -> list[float]:
+    parts = _two_at_once(number, 0)
+    _teach(*parts)
+    parts[0].save_state(directory)
+    return _teach(*parts)
+
+
+def _load_two(directory: str, number: int) -> list[float]:
+    parts = _two_at_once(number, 8)
+    parts[0].load_state(directory)
+    return _teach(*parts)
+
+
+def test_several_models_share_a_state_and_continue_from_it(tmp_path: Path) -> None:
+    whole = run_ranks(_save_two, 2, str(tmp_path), 3)[0]
+    assert run_ranks(_load_two, 2, str(tmp_path), 3)[0] == whole
+    other = run_ranks(_load_two, 2, str(tmp_path), 1)[0]
+    torch.testing.assert_close(flat(other), flat(whole), rtol=2e-6, atol=0)
+    for index in range(3):
+        assert (tmp_path / f"model_{index}" / "model.safetensors").is_file()
+
+
 def _ours(**kwargs: Any) -> hf_speed.Accelerator:
     return hf_speed.Accelerator(cpu=True, hf_speed=stage(1), **kwargs)
 

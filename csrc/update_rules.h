@@ -22,8 +22,13 @@ struct Adam {
             V::set(row[7]), V::set(row[8]), V::set(row[9]), V::set(row[10]), row[5] != 0.0f};
   }
   HFS_METHOD void average(F g, F& m, F& v) const {
-    const F base = from_grad ? g : m;
-    m = V::add(base, V::mul(lerp, V::sub(g, m)));
+    const F way = V::mul(lerp, V::sub(g, m));
+    // Not a choice between two operands: the compiler would put both into memory for that.
+    if (__builtin_expect(from_grad, 0)) {
+      m = V::add(g, way);
+    } else {
+      m = V::add(m, way);
+    }
     v = V::add(V::mul(v, beta2), V::mul(V::mul(rest2, g), g));
   }
   HFS_METHOD F direction(F m, F v) const {

@@ -40,11 +40,14 @@ struct Avx512 {
   HFS_INLINE __m256i load_halves(const uint16_t* at) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   }
-  HFS_INLINE __m512 widen(__m256i halves) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-  }
   HFS_INLINE F load_bf16(const uint16_t* at) {
-    return {widen(load_halves(at)), widen(load_halves(at + 16))};
+    const __m512i all = _mm512_loadu_si512(at);
+    const __m512i a = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
+                                       6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    const __m512i b = _mm512_add_epi16(a, _mm512_set1_epi16(16));
+    constexpr __mmask32 kUpper = 0xAAAAAAAA;
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, a, all)),
+            _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, b, all))};
   }
   HFS_INLINE F load_fp16(const uint16_t* at) {
     return {_mm512_cvtph_ps(load_halves(at)), _mm512_cvtph_ps(load_halves(at + 16))};
@@ -67,8 +70,9 @@ struct Avx512 {
   }
   HFS_INLINE __m512i to_nearest(__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    const __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    return _mm512_mask_add_epi32(up, is_odd, up, _mm512_set1_epi32(1));
   }
   // The instruction for it, VCVTNE2PS2BF16, flushes subnormals.
   HFS_INLINE __m512i bf16_nearest(F x) {

@@ -31,12 +31,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import REPO, Row, finish, interleave, make_row, parser, progress
 
+SETTLE_S = 0.02
 LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.95), 1e-8, 0.1
 BARS: tuple[tuple[str, str, str | None], ...] = (
     ("fp32", "torch fp32", ">=1.0"),
@@ -63,7 +64,6 @@ def make_runners(numel: int, stream: Path) -> dict[str, Callable[[], None]]:
     from hf_speed.optim import Chunk, Span
 
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
     param = torch.nn.Parameter(torch.randn(numel))
     grad, grad16 = torch.randn(numel), torch.randn(numel, dtype=torch.bfloat16)
     out = torch.empty(numel, dtype=torch.bfloat16)
@@ -88,10 +88,8 @@ def make_runners(numel: int, stream: Path) -> dict[str, Callable[[], None]]:
         param.grad = None
         out.copy_(master)
 
-    library = ctypes.CDLL(str(stream))
-    addresses = [ctypes.c_void_p(t.data_ptr()) for t in (master, grad, first, second)]
     runners: dict[str, Callable[[], None]] = {
-        "stream": lambda: library.stream(*addresses, ctypes.c_int64(numel), threads),
+        "stream": stream_step(stream, (master, grad, first, second)),
         "torch fp32": lambda: with_torch(grad),
         "torch mixed, kept": lambda: kept(with_torch),
         "torch mixed, fresh": fresh,
@@ -117,6 +115,16 @@ def make_runners(numel: int, stream: Path) -> dict[str, Callable[[], None]]:
     runners["bf16 moments"] = ours(grad16, torch.bfloat16, writes=True)
     runners["8-bit moments"] = ours(grad16, torch.uint8, writes=True)
     return runners
+
+
+def stream_step(built: Path, arrays: Sequence[Any]) -> Callable[[], None]:
+    """The yardstick on master, gradient and two moments."""
+    import torch
+
+    library = ctypes.CDLL(str(built))
+    addresses = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
+    numel, threads = ctypes.c_int64(len(arrays[0])), torch.get_num_threads()
+    return lambda: library.stream(*addresses, numel, threads)
 
 
 def rule_for(optimizer: Any) -> Any:
@@ -175,6 +183,8 @@ def work(args: argparse.Namespace) -> None:
     wanted = [name for name in runners if not args.only or name in args.only.split(",")]
 
     def timed(step: Callable[[], None]) -> float:
+        # OpenMP's threads spin for some milliseconds after their work, on the next one's core.
+        time.sleep(SETTLE_S)
         start = time.perf_counter()
         step()
         return time.perf_counter() - start

@@ -30,6 +30,9 @@ from hf_speed.zero.group import GroupSpec
 from hf_speed.zero.reduce import MAX_IN_FLIGHT
 
 SCALE_BYTES = 4
+QUEUE_DEPTH = 16
+QUEUE_BLOCK_BYTES = 1 << 20
+"""A disk's queue has so many blocks of its own for what is not aligned."""
 BLOCK_NUMEL = 256
 """An int8 moment has one float32 scale for a block of so many elements."""
 
@@ -169,11 +172,12 @@ class Estimator:
         offload = self._config.offload
         if tiers == ON_DEVICE:
             return 0, 0
+        queue = QUEUE_DEPTH * QUEUE_BLOCK_BYTES if "disk" in tiers else 0
         if self._device_type == "cpu":
-            return 0, offload.staging_bytes if when != "after" or "disk" in tiers else 0
+            return 0, queue + (offload.staging_bytes if when != "after" or queue else 0)
         num_device = int(tiers.optimizer == "device") + int(offload.cpu_share < 1.0)
         num_host = int(tiers.optimizer != "device") + int("disk" in tiers)
-        return num_device * offload.staging_bytes, num_host * offload.staging_bytes
+        return num_device * offload.staging_bytes, queue + num_host * offload.staging_bytes
 
     def _streams(self, tiers: Tiers) -> bool:
         """Whether updates go chunk by chunk, as `GroupTiers.streams` says."""

@@ -4,16 +4,19 @@ A store is made for each tier that the config names, and shared by all buffers t
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
 from torch.optim import Optimizer
 
 from hf_speed.config import ResolvedOffload
+from hf_speed.engine.estimate import QUEUE_BLOCK_BYTES, QUEUE_DEPTH
 from hf_speed.errors import ConfigError
 from hf_speed.logs import get_logger
 from hf_speed.offload import DiskStore, HostStore, StagingPool, Store
 from hf_speed.offload.activations import ActivationOffload
+from hf_speed.ops.aio import AioQueue
 from hf_speed.optim.rules import UpdateRule, rule_of
 from hf_speed.zero.cells import GroupTiers
 from hf_speed.zero.chunks import Walk
@@ -40,6 +43,7 @@ class MemoryTiers:
         self.device = device
         self._offload = offload
         self._stores: dict[str, Store] = {}
+        self._queue: AioQueue | None = None
         parameters = self._store(offload.parameters)
         optimizer = self._store(offload.optimizer)
         gradients = self._store(offload.gradients)
@@ -99,7 +103,9 @@ class MemoryTiers:
                 "disks, or set offload.paths."
             )
         staging = StagingPool(self._offload.staging_bytes, pin=True) if on_gpu else None
-        return DiskStore(chosen, staging=staging)
+        if self._queue is None:
+            self._queue = AioQueue(depth=QUEUE_DEPTH, block_bytes=QUEUE_BLOCK_BYTES)
+        return DiskStore(chosen, queue=self._queue, staging=staging)
 
     @property
     def stores(self) -> Sequence[Store]:
@@ -116,8 +122,8 @@ class MemoryTiers:
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the staging buffers that the walks have needed."""
-        return self._walk.num_bytes
+        """Bytes of the staging buffers that the walks have needed, and of a disk's own blocks."""
+        return self._walk.num_bytes + (0 if self._queue is None else self._queue.bounce_bytes)
 
     def updates_for(self, optimizer: Optimizer, groups: Sequence[FlatGroup]) -> StreamedUpdates:
         """How `optimizer` steps where buffers live on these tiers.
@@ -171,6 +177,11 @@ class MemoryTiers:
         """Give every tier's memory back."""
         if self.activations is not None:
             self.activations.close()
-        for store in self._stores.values():
-            store.close()
-        self._stores.clear()
+        with ExitStack() as closing:
+            # In this order from the end: every store is closed, even if one of them fails to.
+            if self._queue is not None:
+                closing.callback(self._queue.close)
+            for store in self._stores.values():
+                closing.callback(store.close)
+            self._stores.clear()
+        self._queue = None

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from hf_speed.errors import EngineError
 from hf_speed.offload import DONE, Store, Ticket
+from hf_speed.ops.aio import aligned_empty
+
+_LARGE_BYTES = 1 << 20
 
 
 class Cell(Protocol):
@@ -132,6 +135,17 @@ class StoreCell:
     def twin(self) -> "StoreCell":
         """Another buffer of the same size on the same tier."""
         return StoreCell(self._store, f"{self._key}/twin", self._numel, self._dtype)
+
+
+def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(numel,) contents undefined, for values that pass through memory and leave it again.
+
+    Large ones on the host are mappings of their own: freed, they are gone, where a heap would keep
+    holes of their size; and they begin on a page, so that a disk moves them without a copy.
+    """
+    if device.type == "cpu" and numel * dtype.itemsize >= _LARGE_BYTES:
+        return aligned_empty(numel, dtype)
+    return torch.empty(numel, dtype=dtype, device=device)
 
 
 class GroupTiers(NamedTuple):

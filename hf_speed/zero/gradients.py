@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_speed.offload import Ticket
-from hf_speed.zero.cells import Cell
+from hf_speed.zero.cells import Cell, scratch
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.norm import norms_of
 from hf_speed.zero.parameter import placeholder_of
@@ -104,7 +104,7 @@ class GradientTier:
         if view is not None:
             yield view
             return
-        gradient = torch.empty(cell.numel, dtype=cell.dtype)
+        gradient = scratch(cell.numel, cell.dtype, torch.device("cpu"))
         cell.fetch(gradient).wait()
         yield gradient
         if modify:

@@ -30,6 +30,7 @@ from hf_speed.zero.cells import (
     ShadowedCell,
     StoreCell,
     TensorCell,
+    scratch,
     twin_of,
 )
 from hf_speed.zero.parameter import ShardedParameter, hide, placeholder_of, publish
@@ -210,14 +211,12 @@ class FlatGroup:
         was_open, had_master = self.full, self._master
         memory = _memory_of(self.device)
         if keeps_whole and self.full is None:
-            full = torch.empty(self.layout.padded_numel, dtype=self.dtypes.compute, device=memory)
+            full = scratch(self.layout.padded_numel, self.dtypes.compute, memory)
             for ticket in self.fetch_into(full):
                 ticket.wait()
             self.full = full
         if self._master is None:
-            self._master = torch.empty(
-                self.layout.part_numel, dtype=self.dtypes.master, device=memory
-            )
+            self._master = scratch(self.layout.part_numel, self.dtypes.master, memory)
             self.master_cell.fetch(self._master).wait()
             self.point_pieces()
         try:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from hf_speed.offload import Store
 from hf_speed.optim.rules import StateSpec, UpdateRule
 from hf_speed.zero.background import Assumed, BackgroundUpdates
-from hf_speed.zero.cells import Cell, ShadowedCell, StoreCell, TensorCell, twin_of
+from hf_speed.zero.cells import Cell, ShadowedCell, StoreCell, TensorCell, scratch, twin_of
 from hf_speed.zero.chunks import GRAIN_NUMEL, Job, Operand, Walk
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.parameter import placeholder_of
@@ -301,11 +301,7 @@ class StreamedUpdates:
         buffers = {}
         for name, held in target.items():
             cell = self._cell(group, specs[name])
-            buffers[name] = (
-                torch.empty(cell.numel, dtype=cell.dtype, device=whole.device)
-                if held is None
-                else held
-            )
+            buffers[name] = scratch(cell.numel, cell.dtype, whole.device) if held is None else held
         self._rule.from_float(kind, whole, buffers)
         for name, values in buffers.items():
             _write(self._cell(group, specs[name]), values)
@@ -328,7 +324,7 @@ class StreamedUpdates:
         view = cell.view()
         if view is not None:
             return view
-        values = torch.empty(cell.numel, dtype=cell.dtype, device=self._walk.device)
+        values = scratch(cell.numel, cell.dtype, self._walk.device)
         cell.fetch(values).wait()
         return values
 

@@ -9,7 +9,8 @@ speed    tokens/s are at least 1.3x DeepSpeed ZeRO-3's with the same tiers, two 
          in turns (`ratio`: ours over theirs).
 
 Resident memory is what the process has gained since its model existed without values; the planner
-counts no activations, so the bytes that autograd saves are measured on a plain model and added.
+counts nothing of autograd's, so what it saves for the backward, measured on a plain model, and the
+largest gradient that it makes are added.
 DeepSpeed's disk path needs its async_io operator, which is built at the first run (libaio).
 """
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,9 +46,11 @@ WARMUP_STEPS = 2
 NUM_LOSSES = 20
 DEEP = Shape(8192, 1024, 2752, 24, 16, 1, 32)
 """Many blocks, so that a unit in flight is a small part of the whole."""
-DEEP_QUICK = Shape(4096, 512, 1376, 16, 8, 1, 32)
+DEEP_QUICK = Shape(8192, 1024, 2752, 16, 16, 1, 32)
 KINDS = ("optimizer", "gradients", "parameters")
-STAGING = {False: 64 * MIB, True: 16 * MIB}
+TINY = Shape(64, 32, 64, 1, 2, 1, 8)
+STAGING_BYTES = 64 * MIB
+SMALL_STAGING_BYTES = 16 * MIB
 
 
 def _config(tier: str, path: str, staging_bytes: int) -> dict[str, Any]:
@@ -60,15 +62,25 @@ def _config(tier: str, path: str, staging_bytes: int) -> dict[str, Any]:
     return {"zero": {"stage": 3}, "offload": offload}
 
 
-def _resident_bytes() -> int:
+def _status_bytes(field: str) -> int:
+    """Bytes of this process from /proc: VmRSS now, VmHWM at most; both forget who started it."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * KIB
-    raise RuntimeError("/proc/self/status has no VmRSS.")
+    raise RuntimeError(f"/proc/self/status has no {field}.")
 
 
-def _saved_bytes(shape: Shape) -> int:
-    """Bytes that autograd saves for the backward of one batch, weights left out."""
+def _load_libraries() -> None:
+    """Train a tiny model once, so that code which loads on first use is there before counting."""
+    model = build_model(TINY)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = make_batch(TINY, 0, "cpu")
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def _autograd_bytes(shape: Shape) -> int:
+    """Bytes that autograd saves for the backward of one batch, and of the largest gradient."""
     model = build_model(shape)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
@@ -82,7 +94,8 @@ def _saved_bytes(shape: Shape) -> int:
     ids = make_batch(shape, 0, "cpu")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         model(input_ids=ids, labels=ids)
-    return sum(saved.values())
+    largest = max(p.nbytes for p in model.parameters())
+    return sum(saved.values()) + largest
 
 
 def _child(shape: Shape, tier: str, steps: int, staging_bytes: int) -> dict[str, Any]:
@@ -98,7 +111,8 @@ def _child(shape: Shape, tier: str, steps: int, staging_bytes: int) -> dict[str,
     with tempfile.TemporaryDirectory() as path:
         config = load_config(_config(tier, path, staging_bytes))
         planned = _planned_bytes(model, config)
-        before = _resident_bytes()
+        _load_libraries()
+        before = _status_bytes("VmRSS")
         engine = Engine.attach(model, config, device=torch.device("cpu"))
         generator = torch.Generator()
 
@@ -118,8 +132,8 @@ def _child(shape: Shape, tier: str, steps: int, staging_bytes: int) -> dict[str,
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-        engine.detach() if tier == "device" else None
+        peak = _status_bytes("VmHWM")
+        del engine
     return {"losses": losses, "gained": peak - before, "planned": planned}
 
 
@@ -156,10 +170,9 @@ def _in_fresh_process(shape: Shape, tier: str, steps: int, staging_bytes: int) -
 def memory_and_numbers(args: argparse.Namespace) -> list[Row]:
     """Compare the disk tier with the planner, with the states, and with the device tier."""
     shape = DEEP_QUICK if args.quick else DEEP
-    staging_bytes = STAGING[args.quick]
     progress("memory: everything on disk\n")
-    disk = _in_fresh_process(shape, "disk", 3, staging_bytes)
-    saved = _saved_bytes(shape)
+    disk = _in_fresh_process(shape, "disk", 3, STAGING_BYTES)
+    saved = _autograd_bytes(shape)
     states = 16 * num_parameters(shape)
     what = describe(shape, "float32", 1)
     rows = [
@@ -189,7 +202,7 @@ def memory_and_numbers(args: argparse.Namespace) -> list[Row]:
     runs = {}
     for tier in ("device", "host", "disk"):
         progress(f"numbers: {tier}\n")
-        runs[tier] = _in_fresh_process(small, tier, steps, STAGING[True])["losses"]
+        runs[tier] = _in_fresh_process(small, tier, steps, SMALL_STAGING_BYTES)["losses"]
     for tier in ("host", "disk"):
         same = sum(a == b for a, b in zip(runs[tier], runs["device"], strict=True))
         rows.append(

@@ -11,6 +11,8 @@ speed    tokens/s are at least 1.3x DeepSpeed ZeRO-3's with the same tiers, two 
 Resident memory is what the process has gained since its model existed without values; the planner
 counts nothing of autograd's, so what it saves for the backward, measured on a plain model, and the
 largest gradient that it makes are added.
+glibc gives freed memory back in these processes (MALLOC_MMAP_THRESHOLD_=1 MiB), as whoever is short
+of memory should have it do.
 DeepSpeed's disk path needs its async_io operator, which is built at the first run (libaio).
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -48,8 +51,9 @@ DEEP = Shape(8192, 1024, 2752, 24, 16, 1, 32)
 """Many blocks, so that a unit in flight is a small part of the whole."""
 DEEP_QUICK = Shape(8192, 1024, 2752, 16, 16, 1, 32)
 KINDS = ("optimizer", "gradients", "parameters")
-TINY = Shape(64, 32, 64, 1, 2, 1, 8)
 STAGING_BYTES = 64 * MIB
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+"""Without it glibc keeps what autograd has freed: 5 to 10% of the peak here."""
 SMALL_STAGING_BYTES = 16 * MIB
 
 
@@ -70,11 +74,12 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}.")
 
 
-def _load_libraries() -> None:
-    """Train a tiny model once, so that code which loads on first use is there before counting."""
-    model = build_model(TINY)
+def _load_libraries(shape: Shape) -> None:
+    """Train one block of the shape, so that what libraries load and keep on first use is there."""
+    small = shape._replace(vocab=64, layers=1)
+    model = build_model(small)
     optimizer = torch.optim.AdamW(model.parameters())
-    ids = make_batch(TINY, 0, "cpu")
+    ids = make_batch(small, 0, "cpu")
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
 
@@ -111,15 +116,17 @@ def _child(shape: Shape, tier: str, steps: int, staging_bytes: int) -> dict[str,
     with tempfile.TemporaryDirectory() as path:
         config = load_config(_config(tier, path, staging_bytes))
         planned = _planned_bytes(model, config)
-        _load_libraries()
+        _load_libraries(shape)
         before = _status_bytes("VmRSS")
         engine = Engine.attach(model, config, device=torch.device("cpu"))
         generator = torch.Generator()
+        buffer = torch.empty(max(p.numel() for p in model.parameters()))
 
         def values(name: str, start: int, numel: int) -> torch.Tensor:
-            # Alike whatever the tier, and never more than a part of one parameter at a time.
+            # Alike whatever the tier, and in one buffer: a heap would keep holes of all sizes.
             generator.manual_seed(hash_of(name) + start)
-            return torch.randn(numel, generator=generator).mul_(0.02)
+            drawn = torch.randn(numel, generator=generator, out=buffer[:numel])
+            return drawn.mul_(0.02)
 
         engine.load_parameters(values)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -160,7 +167,11 @@ def _planned_bytes(model: torch.nn.Module, config: Any) -> int:
 def _in_fresh_process(shape: Shape, tier: str, steps: int, staging_bytes: int) -> dict[str, Any]:
     order = json.dumps({"shape": shape, "tier": tier, "steps": steps, "staging": staging_bytes})
     done = subprocess.run(
-        [sys.executable, __file__, "--child", order], capture_output=True, text=True, check=False
+        [sys.executable, __file__, "--child", order],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **ALLOCATOR},
     )
     if done.returncode:
         raise RuntimeError(f"the run on {tier} failed:\n{done.stderr[-3000:]}")

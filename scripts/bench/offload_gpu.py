@@ -176,18 +176,19 @@ def _update(args: argparse.Namespace) -> list[Row]:
     numel = 20_000_000 if args.quick else 200_000_000
     make = {"device": "cuda", "dtype": torch.float32}
     parameter = torch.nn.Parameter(torch.randn(numel, **make))
-    parameter.grad = torch.randn(numel, **make)
+    gradient = parameter.grad = torch.randn(numel, **make)
     optimizer = torch.optim.AdamW([parameter], lr=LEARNING_RATE, fused=True)
-    rule = rule_of(optimizer)
-    if rule is None:
+    found_rule = rule_of(optimizer)
+    if found_rule is None:
         raise RuntimeError("there is no rule for AdamW.")
+    rule = found_rule
     states = {spec.name: torch.zeros(numel, **make) for spec in rule.states(torch.float32)}
     master = parameter.detach().clone()
     settings = optimizer.param_groups[0]
 
     def ours() -> float:
         span = Span(numel, settings, 1)
-        chunk = Chunk(master, parameter.grad, states, None, [span], 1.0, 0, 0)
+        chunk = Chunk(master, gradient, states, None, [span], 1.0, 0, 0)
         return _seconds(lambda: rule.apply(chunk))
 
     found = interleave(

@@ -171,6 +171,10 @@ class Reducer:
                 if everything or (group, slot_piece.index) in gone:
                     piece.grad = None
 
+    def refuse_replaced(self) -> None:
+        """Before a step: gradients that the user has put on parameters would be ignored."""
+        self._stand_ins.refuse_replaced()
+
     def let_go(self) -> None:
         """Leave nothing on the parameters: the engine gives its model back."""
         self._stand_ins.hide()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_speed.errors import ShardedParameterError
+from hf_speed.errors import EngineError, ShardedParameterError
 from hf_speed.zero.group import FlatGroup
 
 _aten = torch.ops.aten
@@ -65,8 +65,6 @@ class ShardedGradient(Tensor):
         adds = func in (_aten.add_.Tensor, _aten.add.Tensor) and first is args[0]
         if adds and torch._C._current_graph_task_id() != -1:
             # A backward that comes to a parameter before the engine has seen it begin.
-            if func is _aten.add.Tensor:
-                return args[1]
             first.arrived = args[1] if first.arrived is None else first.arrived + args[1]
             return first
         if func is _aten._to_copy.default:
@@ -123,7 +121,9 @@ class GradientStandIns:
                 self._shown.append((group, index))
 
     def cleared(self) -> tuple[list[tuple[FlatGroup, int]], bool]:
-        """What the user has set to None since `show`, each told once.
+        """What the user has cleared or replaced since `show`, each told once.
+
+        Autograd may have put a first gradient there since.
 
         Returns:
             The parameters, and whether they are all that were shown.
@@ -132,13 +132,30 @@ class GradientStandIns:
             found = [
                 (group, index)
                 for group, index in self._shown
-                if group.entries[index].parameter.grad is None
+                if not isinstance(group.entries[index].parameter.grad, ShardedGradient)
             ]
         everything = bool(found) and len(found) == len(self._shown)
         if found:
             gone = set(found)
             self._shown = [each for each in self._shown if each not in gone]
         return found, everything
+
+    def refuse_replaced(self) -> None:
+        """Before a step: a tensor in the place of a stand-in would be ignored.
+
+        Raises:
+            EngineError: the user has put one there.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            for group, index in self._shown:
+                gradient = group.entries[index].parameter.grad
+                if gradient is not None and not isinstance(gradient, ShardedGradient):
+                    name = group.entries[index].name
+                    raise EngineError(
+                        f"The gradient of {name} was set to a tensor after the backward, but the "
+                        f"optimizer reads it from its own parts. Call "
+                        f"hf_speed.set_full_grad(model, {name!r}, value) on every rank instead."
+                    )
 
     def hide(self) -> None:
         """Take every stand-in away: a backward begins, or the engine lets go of its model."""

@@ -136,7 +136,12 @@ class Stepper:
 
         One all-reduce of a byte per parameter: which parameters had a gradient on any rank, and
         whether any rank's gradients overflowed.
+
+        Raises:
+            EngineError: the user has put a gradient on a parameter.
         """
+        self._reducer.refuse_replaced()
+        self._reducer.heed_cleared()
         if self._is_ready:
             return
         self._is_ready = True
@@ -191,7 +196,6 @@ class Stepper:
                 f"made them ready. Call backward first, then step() without a closure."
             )
         self.check_not_parked()
-        self._reducer.heed_cleared()
         self.make_ready()
         if self.updates is not None and not self.was_skipped:
             scale = self.gradients.factor if isinstance(self.gradients, StreamedGradients) else 1.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_speed.engine import Engine, engine_of
-from hf_speed.errors import ShardedParameterError
+from hf_speed.errors import EngineError, ShardedParameterError
 from hf_speed.zero.stand_ins import ShardedGradient
 from tests.engine.toys import (
     Tower,
@@ -148,6 +148,25 @@ def test_a_backward_that_no_output_announces_adds_to_what_is_there() -> None:
     run_ranks(_unannounced, 2)
 
 
+def _set() -> None:
+    """Cleared, then computed again without an announcement; or put there by hand."""
+    model, engine = _after_a_backward(1)
+    for parameter in model.parameters():
+        parameter.grad = None
+    (3.0 * model.outlet.bias).sum().backward(create_graph=True)
+    gradient = engine.get_full_grad("outlet.bias")
+    assert isinstance(gradient, Tensor)
+    assert gradient.tolist() == [3.0]
+    assert engine.get_full_grad("inlet.weight") is None
+    model.outlet.bias.grad = torch.ones(1)
+    with pytest.raises(EngineError, match=r"outlet\.bias was set to a tensor.*set_full_grad"):
+        engine.clip_grad_norm_(1.0)
+
+
+def test_a_gradient_set_by_hand_is_refused_and_a_new_one_after_clearing_counts() -> None:
+    run_ranks(_set, 2)
+
+
 def _moved() -> None:
     model, _ = _after_a_backward(2)
     model.half()
@@ -157,3 +176,25 @@ def _moved() -> None:
 def test_a_model_moved_after_a_backward_is_still_caught_by_the_engine() -> None:
     with pytest.raises(AssertionError, match="was moved or resized"):
         run_ranks(_moved, 2)
+
+
+@pytest.mark.gpu
+def test_stand_ins_work_on_a_gpu() -> None:
+    model = Tower().to("cuda")
+    engine = Engine.attach(model, speed(1), compute_dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine.bind_optimizer(optimizer)
+    for step in range(2):
+        model(tower_rows(step).to("cuda", torch.bfloat16)).backward()
+        with pytest.raises(ShardedParameterError, match=NAMES_THE_WAY):
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert float(engine.clip_grad_norm_(1.0)) > 0
+        optimizer.step()
+        for parameter in model.parameters():
+            assert isinstance(parameter.grad, ShardedGradient)
+            assert parameter.grad.device == parameter.device
+            parameter.grad = None
+    (3.0 * model.outlet.bias).sum().backward()
+    gradient = engine.get_full_grad("outlet.bias")
+    assert isinstance(gradient, Tensor)
+    assert gradient.tolist() == [3.0]

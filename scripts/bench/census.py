@@ -11,13 +11,15 @@ import gc
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def _storage(tensor: Tensor) -> tuple[int, int] | None:
     """Give (address, bytes) of a tensor's storage, or None where it has none of its own."""
-    if is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
-        # A DTensor: its local tensor is another object, and is counted there.
+    is_fake = type(tensor) is FakeTensor or tensor.device.type == "meta"
+    if is_fake or is_traceable_wrapper_subclass(tensor):
+        # No memory; or a DTensor, whose local tensor is another object, and is counted there.
         return None
     try:
         storage = tensor.untyped_storage()

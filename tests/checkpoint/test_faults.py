@@ -1,6 +1,7 @@
 """Saves that fail: a full disk, a killed rank, another model. No hang, nothing lost."""
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -124,7 +125,8 @@ def test_full_disk_fails_on_every_rank_and_keeps_the_previous_checkpoint(small_d
         model, state = texts
         assert "Saving the model to" in model
         assert "No space left on device" in model
-        assert "failed on rank 1: OSError: [Errno 28] No space left on device" in state
+        # Only rank 1 has more than fits, but what it has written may leave rank 0 no room either.
+        assert re.search(r"failed on rank [01]: OSError: \[Errno 28\] No space left", state)
         assert "What was saved before is untouched" in state
     check(small_disk / "checkpoint-1", 1.0)
     with pytest.raises(CheckpointError, match="was not saved to the end"):

@@ -1,0 +1,1 @@
+"""Layers that stand in for those of a Hugging Face model."""

@@ -93,6 +93,26 @@ def test_blocks_that_are_no_stretches_are_checked_too() -> None:
     left, right = Box((0, 0), (4, 2)), Box((0, 2), (4, 2))
     assert cover_error((4, 4), (left, right)) is None
     assert "overlap" in (cover_error((4, 4), (left, Box((0, 1), (4, 2)))) or "")
+    # As many elements as the first row has, but a column.
+    column, row = Box((0, 0), (2, 1)), Box((1, 0), (1, 2))
+    assert "overlap" in (cover_error((2, 2), (column, row)) or "")
+
+
+@given(SHAPES.filter(bool), st.data())
+def test_pieces_are_refused_exactly_when_two_have_a_common_element(
+    shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    count = torch.zeros(shape)
+    pieces = []
+    for _ in range(data.draw(st.integers(1, 5))):
+        offsets = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+        extents = tuple(
+            data.draw(st.integers(1, min(2, size - offset)))
+            for size, offset in zip(shape, offsets, strict=True)
+        )
+        pieces.append(Box(offsets, extents))
+        count[pieces[-1].slices()] += 1
+    assert ("overlap" in (cover_error(shape, tuple(pieces)) or "")) == bool((count > 1).any())
 
 
 def test_box_outside_is_named() -> None:

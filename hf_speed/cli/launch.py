@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from hf_speed.config import SpeedConfig, env, load_config
-from hf_speed.config.resolve import check_world
+from hf_speed.config.parallel import check_world
 from hf_speed.errors import ConfigError
 
 SECTION = "hf_speed_config"

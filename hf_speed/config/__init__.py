@@ -6,6 +6,7 @@ ResolvedConfig
 
 from hf_speed.config.load import known_paths, load_config
 from hf_speed.config.offload import ResolvedOffload
+from hf_speed.config.parallel import MeshSizes, ResolvedPipe, check_world
 from hf_speed.config.planner import Memory, Needed, TierBytes, Tiers
 from hf_speed.config.resolve import ResolvedConfig, resolve
 from hf_speed.config.tree import (
@@ -14,8 +15,10 @@ from hf_speed.config.tree import (
     LossScaleConfig,
     MeshConfig,
     OffloadConfig,
+    PipeConfig,
     PrecisionConfig,
     SpeedConfig,
+    TensorConfig,
     Tier,
     ZeroConfig,
 )
@@ -26,16 +29,21 @@ __all__ = [
     "LossScaleConfig",
     "Memory",
     "MeshConfig",
+    "MeshSizes",
     "Needed",
     "OffloadConfig",
+    "PipeConfig",
     "PrecisionConfig",
     "ResolvedConfig",
     "ResolvedOffload",
+    "ResolvedPipe",
     "SpeedConfig",
+    "TensorConfig",
     "Tier",
     "TierBytes",
     "Tiers",
     "ZeroConfig",
+    "check_world",
     "known_paths",
     "load_config",
     "resolve",

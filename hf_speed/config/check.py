@@ -53,6 +53,15 @@ def names(path: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def counts(path: str, value: object) -> tuple[int, ...]:
+    """`value` as a tuple; raise unless it is a list of one or more whole numbers of at least 1."""
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(_wrong_type(path, value, "'parameters', 'time' or a list of counts"))
+    for number_ in value:
+        integer(f"{path}[]", number_, 1, 65536)
+    return tuple(value)
+
+
 def directories(path: str, value: object) -> tuple[str, ...]:
     """`value` as a tuple; raise unless it is a list of directories, each once."""
     if not isinstance(value, list | tuple) or not all(

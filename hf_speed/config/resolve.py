@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from hf_speed.config.offload import ResolvedOffload, check_offload, resolve_offload
+from hf_speed.config.parallel import ResolvedPipe, check_tensor, check_world, resolve_pipe
 from hf_speed.config.planner import Memory, Needed, choose
 from hf_speed.config.tree import LossScaleConfig, SpeedConfig, ZeroConfig
 from hf_speed.errors import ConfigError
@@ -21,6 +22,14 @@ class ResolvedConfig:
 
     world_size: int
     """Number of processes; the product of the axes."""
+    pp: int
+    """Pipeline ranks."""
+    tp: int
+    """Ranks that divide each layer."""
+    pipe: ResolvedPipe
+    """How a batch goes through the pipeline ranks."""
+    sequence_parallel: bool
+    """Divide the sequence between sliced layers too."""
     stage: int
     """0 to 3."""
     dp_replicate: int
@@ -66,6 +75,7 @@ class ResolvedConfig:
         scale = self.loss_scale
         working = self.compute_dtype or self.param_dtype
         rows = [
+            *self._layout_rows(),
             ("mesh.dp_replicate", str(self.dp_replicate), "copies of the sharded state"),
             ("mesh.dp_shard", str(self.dp_shard), f"ranks to a copy, of {self.world_size}"),
             ("zero.stage", str(self.stage), self.stage_reason),
@@ -99,10 +109,26 @@ class ResolvedConfig:
             *self.offload.rows(),
         ]
         if self.stage == 3:
-            rows[4:4] = [
+            after = next(i for i, row in enumerate(rows) if row[0] == "zero.units") + 1
+            rows[after:after] = [
                 ("zero.prefetch_units", str(self.prefetch_units), "units gathered ahead"),
                 ("zero.regather", str(self.regather).lower(), "gather again in the backward"),
                 ("zero.generate", self.generate, "parameters during generate()"),
+            ]
+        return rows
+
+    def _layout_rows(self) -> list[tuple[str, str, str]]:
+        """Of the axes beyond data parallelism, where there are any."""
+        rows = []
+        if self.pp > 1:
+            rows += [("mesh.pp", str(self.pp), "pipeline ranks"), *self.pipe.rows()]
+            if self.stage == 3:
+                rows.append(("pipe.gather", self.pipe.gather, "how long parameters stay gathered"))
+        if self.tp > 1:
+            divided = "true" if self.sequence_parallel else "false"
+            rows += [
+                ("mesh.tp", str(self.tp), "ranks that divide each layer"),
+                ("tensor.sequence_parallel", divided, "the sequence is divided between layers"),
             ]
         return rows
 
@@ -148,7 +174,9 @@ def resolve(
         ConfigError: the axes do not multiply to the world; a value cannot take effect at this
             stage, dtype, tier or device; nothing that the config allows fits.
     """
-    dp_replicate, dp_shard = check_world(config, world_size)
+    sizes = check_world(config, world_size)
+    pipe = resolve_pipe(config)
+    check_tensor(config)
     check_offload(config.offload, device_type=device_type)
     if config.zero.stage is not None:
         _check_effective(config.zero, config.zero.stage)
@@ -160,9 +188,13 @@ def resolve(
     _check_loss_scale(precision.loss_scale, computes)
     return ResolvedConfig(
         world_size=world_size,
+        pp=sizes.pp,
+        tp=sizes.tp,
+        pipe=pipe,
+        sequence_parallel=config.tensor.sequence_parallel,
         stage=choice.stage,
-        dp_replicate=dp_replicate,
-        dp_shard=dp_shard,
+        dp_replicate=sizes.dp_replicate,
+        dp_shard=sizes.dp_shard,
         units=config.zero.units,
         prefetch_units=config.zero.prefetch_units,
         regather=config.zero.regather,
@@ -180,30 +212,6 @@ def resolve(
         stats=config.debug.stats,
         stage_reason=choice.stage_reason,
     )
-
-
-def check_world(config: SpeedConfig, world_size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard), whose product is the world.
-
-    Raises:
-        ConfigError: the config asks for another number of processes.
-    """
-    replicate, shard = config.mesh.dp_replicate, config.mesh.dp_shard
-    if shard is None:
-        if world_size % replicate:
-            raise ConfigError(
-                f"mesh.dp_replicate={replicate} does not divide the world of {world_size} "
-                f"processes. Launch a multiple of {replicate} processes, or set mesh.dp_replicate "
-                f"to a divisor of {world_size}."
-            )
-        return replicate, world_size // replicate
-    if replicate * shard != world_size:
-        raise ConfigError(
-            f"mesh.dp_replicate={replicate} x mesh.dp_shard={shard} asks for {replicate * shard} "
-            f"processes, but the world has {world_size}. Start it with `hf-speed launch -n "
-            f"{replicate * shard}`, or leave mesh.dp_shard out."
-        )
-    return replicate, shard
 
 
 def _check_effective(zero: ZeroConfig, stage: int) -> None:

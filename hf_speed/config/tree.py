@@ -6,7 +6,7 @@ however it was made.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hf_speed.config import check
 
@@ -26,20 +26,94 @@ TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
-    """How the processes are laid out; the product of the axes is the world."""
+    """How the processes are laid out; the product of the axes is the world.
 
+    Ranks that differ in `tp` alone are neighbours, those that differ in `pp` are farthest apart.
+    """
+
+    pp: int = 1
+    """Pipeline ranks, each with some of the layers, 1 to 65536. More: less memory a rank, more
+    waiting."""
+    tp: int = 1
+    """Ranks that divide each layer's matrices, 1 to 65536. More: less memory a rank, four sums of
+    activations a layer and step."""
     dp_replicate: int = 1
     """Groups that each hold a whole copy of the sharded state, 1 to 65536. More: less traffic
     between groups, more memory."""
     dp_shard: int | None = None
-    """Ranks that share one copy of the state, 1 to 65536. AUTO: the world size divided by
-    dp_replicate."""
+    """Ranks that share one copy of the state, 1 to 65536. AUTO: the world size divided by the
+    other axes."""
 
     def __post_init__(self) -> None:
         """Check every value."""
-        check.integer("mesh.dp_replicate", self.dp_replicate, 1, 65536)
+        for axis in ("pp", "tp", "dp_replicate"):
+            check.integer(f"mesh.{axis}", getattr(self, axis), 1, 65536)
         if self.dp_shard is not None:
             check.integer("mesh.dp_shard", self.dp_shard, 1, 65536)
+
+
+Schedule = Literal[
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "looped_bfs",
+    "zb_h1",
+    "zb_h2",
+    "zb_v",
+    "v_half",
+    "dualpipe_v",
+]
+
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipeConfig:
+    """How a batch goes through the pipeline ranks (mesh.pp > 1)."""
+
+    schedule: Schedule | None = None
+    """Order of forwards and backwards. AUTO: 'zb_h1', which waits a third as long as '1f1b' and
+    holds no more activations."""
+    microbatches: int | None = None
+    """Pieces that each rank's batch is cut in, by rows, 1 to 65536. More: less waiting, smaller
+    matrices. AUTO: four a pipeline rank, or one a row where there are fewer rows."""
+    chunks: int | None = None
+    """Stages a pipeline rank has, 1 to 64: 'interleaved' and 'looped_bfs' only. More: less waiting,
+    more messages. AUTO: 2."""
+    balance: Literal["parameters", "time"] | tuple[int, ...] = "parameters"
+    """How layers are dealt out to stages: by their parameters; by their time, measured once on a
+    toy batch; or a list, layers a stage."""
+    gather: Literal["step", "microbatch"] = "step"
+    """Stage 3: gather a pipeline stage's parameters once a step, or for every microbatch: less
+    memory, more traffic."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.schedule is not None:
+            check.one_of("pipe.schedule", self.schedule, SCHEDULES)
+        if self.microbatches is not None:
+            check.integer("pipe.microbatches", self.microbatches, 1, 65536)
+        if self.chunks is not None:
+            check.integer("pipe.chunks", self.chunks, 1, 64)
+        if not isinstance(self.balance, str):
+            counts = check.counts("pipe.balance", self.balance)
+            object.__setattr__(self, "balance", counts)
+        else:
+            check.one_of("pipe.balance", self.balance, ("parameters", "time"))
+        check.one_of("pipe.gather", self.gather, ("step", "microbatch"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorConfig:
+    """How each layer is divided over ranks (mesh.tp > 1; Megatron-LM, arXiv:1909.08053)."""
+
+    sequence_parallel: bool = False
+    """Divide the sequence between the layers too (arXiv:2205.05198): norms and dropout keep 1/tp of
+    their activations, for the same traffic."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check.boolean("tensor.sequence_parallel", self.sequence_parallel)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +292,10 @@ class SpeedConfig:
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the processes are laid out."""
+    pipe: PipeConfig = field(default_factory=PipeConfig)
+    """How a batch goes through the pipeline ranks."""
+    tensor: TensorConfig = field(default_factory=TensorConfig)
+    """How each layer is divided over ranks."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """What is sharded."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -232,6 +310,8 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         """Check that every section is of its class."""
         check.section("mesh", self.mesh, MeshConfig)
+        check.section("pipe", self.pipe, PipeConfig)
+        check.section("tensor", self.tensor, TensorConfig)
         check.section("zero", self.zero, ZeroConfig)
         check.section("precision", self.precision, PrecisionConfig)
         check.section("offload", self.offload, OffloadConfig)
@@ -244,4 +324,6 @@ class SpeedConfig:
         if not isinstance(self.zero.units, str):
             tree["zero"]["units"] = list(self.zero.units)
         tree["offload"]["paths"] = list(self.offload.paths)
+        if not isinstance(self.pipe.balance, str):
+            tree["pipe"]["balance"] = list(self.pipe.balance)
         return tree

@@ -22,7 +22,7 @@ import torch
 from hf_speed.config import SpeedConfig, TierBytes, Tiers
 from hf_speed.config.offload import update_of
 from hf_speed.config.planner import ON_DEVICE
-from hf_speed.config.resolve import check_world
+from hf_speed.config.parallel import check_world
 from hf_speed.shard.layout import FlatLayout
 from hf_speed.zero.gather import FETCHES_AHEAD
 from hf_speed.zero.gradients import MAX_COMMITS
@@ -123,7 +123,8 @@ class Estimator:
         self._config = config
         self._num_moments = num_moments
         self._device_type = device_type
-        self._replicas, self._shards = check_world(config, world_size)
+        sizes = check_world(config, world_size)
+        self._replicas, self._shards = sizes.dp_replicate, sizes.dp_shard
         self._layouts: dict[tuple[tuple[int, ...], int], FlatLayout] = {}
 
     def at(self, stage: int, tiers: Tiers = ON_DEVICE, *, accumulates: bool = False) -> StateBytes:

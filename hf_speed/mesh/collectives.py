@@ -245,15 +245,15 @@ def all_reduce_small(
     return value
 
 
-def broadcast_flat(value: Tensor, *, group: AxisGroup, journal: Journal) -> Tensor:
-    """Overwrite `value` with that of the group's first rank. One broadcast; blocks."""
+def broadcast_flat(value: Tensor, *, group: AxisGroup, journal: Journal, source: int = 0) -> Tensor:
+    """Overwrite `value` with that of one rank of the group, the first. One broadcast; blocks."""
     if group.is_identity:
         return value
-    sent = value.nbytes if group.rank == 0 else 0
+    sent = value.nbytes if group.rank == source else 0
     journal.note("broadcast", group, num_bytes=value.nbytes, sent=sent)()
     guard(
         f"broadcast over {group.label}",
-        lambda: dist.broadcast(value, group=group.group, group_src=0),
+        lambda: dist.broadcast(value, group=group.group, group_src=source),
     )
     return value
 

@@ -64,6 +64,10 @@ class Journal:
         """Bytes that this rank has sent to other ranks since it was made."""
         return sum(self.bytes_sent.values())
 
+    def count(self, operation: str, sent: int) -> None:
+        """Count bytes of a message between two ranks, about which the others know nothing."""
+        self.bytes_sent[operation] += sent
+
     def watch(self, group: AxisGroup, ranks: list[int], *, timeout: timedelta) -> None:
         """In debug mode, follow a new group. Not a collective."""
         if not self.enabled or group.group is None:

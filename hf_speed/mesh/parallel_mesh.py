@@ -9,7 +9,7 @@ within one lane the order is fixed, between lanes it need not be. That second se
 this is not a torch DeviceMesh, which has one group per dimension.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from enum import StrEnum
 
@@ -28,6 +28,12 @@ class Lane(StrEnum):
     CONTROL = "control"
     GATHER = "gather"
     REDUCE = "reduce"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+Within = tuple[tuple[Axis, tuple[int, ...]], ...]
+"""The places along some axes to which a group is restricted."""
 
 
 class ParallelMesh:
@@ -59,22 +65,34 @@ class ParallelMesh:
         self.device = device
         self.timeout = timedelta(seconds=timeout_s)
         self.journal = journal if journal is not None else Journal(enabled=False)
-        self._groups: dict[tuple[tuple[Axis, ...], Lane], AxisGroup] = {}
+        self._groups: dict[tuple[tuple[Axis, ...], Lane, Within], AxisGroup] = {}
         self._closed = False
 
-    def axis(self, *names: Axis, lane: Lane = Lane.CONTROL) -> AxisGroup:
+    def axis(
+        self,
+        *names: Axis,
+        lane: Lane = Lane.CONTROL,
+        within: Mapping[Axis, Sequence[int]] | None = None,
+    ) -> AxisGroup:
         """The ranks along one axis, or along the product of several.
 
-        Collective on its first call for given names and lane: every rank makes the group.
+        Collective on its first call for given arguments: every rank makes the group.
+
+        Args:
+            names: the axes.
+            lane: which of the independent groups over the same ranks.
+            within: for some of the axes, the only places along them that take part. A rank at
+                another place gets the identity.
         """
         if self._closed:
             raise MeshError("This mesh was closed. Attach a new engine to get a new one.")
         axes = tuple(axis for axis in AXES if axis in names)
+        bounds = tuple(sorted((axis, tuple(each)) for axis, each in (within or {}).items()))
         if all(self.sizes[axis] == 1 for axis in axes):
             return IDENTITY
-        key = (axes, lane)
+        key = (axes, lane, bounds)
         if key not in self._groups:
-            self._groups[key] = self._make(axes, lane)
+            self._groups[key] = self._make(axes, lane, dict(bounds))
         return self._groups[key]
 
     @property
@@ -92,13 +110,25 @@ class ParallelMesh:
         self._groups.clear()
         self._closed = True
 
-    def _make(self, axes: tuple[Axis, ...], lane: Lane) -> AxisGroup:
+    def _make(
+        self, axes: tuple[Axis, ...], lane: Lane, within: Mapping[Axis, Sequence[int]]
+    ) -> AxisGroup:
         mine, members = IDENTITY, [self.rank]
-        for ranks in groups_along(axes, self.sizes):
+        for everyone in groups_along(axes, self.sizes):
+            ranks = [rank for rank in everyone if self._is_within(rank, within)]
+            if len(ranks) < 2:
+                continue
             group = dist.new_group(ranks, timeout=self.timeout, group_desc=f"{lane}:{axes}")
             if isinstance(group, dist.ProcessGroup) and self.rank in ranks:
                 label = " x ".join(axes)
-                mine = AxisGroup(len(ranks), ranks.index(self.rank), group, f"{label}/{lane}")
+                places = "".join(f" {axis}{list(each)}" for axis, each in within.items())
+                mine = AxisGroup(
+                    len(ranks), ranks.index(self.rank), group, f"{label}{places}/{lane}"
+                )
                 members = ranks
         self.journal.watch(mine, members, timeout=self.timeout)
         return mine
+
+    def _is_within(self, rank: int, within: Mapping[Axis, Sequence[int]]) -> bool:
+        places = coordinates(rank, self.sizes)
+        return all(places[axis] in each for axis, each in within.items())

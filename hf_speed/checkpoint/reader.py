@@ -1,7 +1,7 @@
 """Reading the `hf_speed/` half of a checkpoint from any mesh.
 
-A reader asks for an interval of a flattened tensor; it comes from whichever pieces hold it, through
-memory maps, so nothing but what is asked for is copied.
+A reader asks for an interval of a flattened tensor, or of its own slice of one; it comes from
+whichever pieces hold it, through memory maps, so nothing but what is asked for is copied.
 """
 
 from collections import OrderedDict
@@ -18,7 +18,8 @@ from torch import Tensor
 from hf_speed.checkpoint.manifest import MANIFEST_PATH, Entry, Manifest, Piece, Scalar
 from hf_speed.checkpoint.tensorfile import DTYPE_CODES
 from hf_speed.errors import CheckpointError
-from hf_speed.shard.reshard import Box, boxes, flat_start, intersect
+from hf_speed.shard.reshard import Box, intersect
+from hf_speed.shard.slicing import Slicing, interval_runs
 
 _MAX_OPEN_FILES = 64
 
@@ -111,29 +112,46 @@ class StateReader:
                 f"parameters that it was saved from."
             )
 
-    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor | None:
+    def read(
+        self,
+        name: str,
+        kind: str,
+        start: int,
+        numel: int,
+        *,
+        slicing: Slicing | None = None,
+        tp_rank: int = 0,
+    ) -> Tensor | None:
         """[start, start + numel) of the flattened tensor, on the CPU, in the stored dtype.
+
+        Args:
+            name: of the parameter.
+            kind: "master", "exp_avg", ...
+            start: first element.
+            numel: number of elements.
+            slicing: how tensor-parallel ranks divide the tensor here, however it was divided when
+                it was written. Then the interval is of the slice that `tp_rank` holds, flattened.
+            tp_rank: whose slice it is.
 
         Returns:
             (numel,), owned by the caller; None where nothing is stored under this name and kind.
 
         Raises:
-            CheckpointError: the interval is not within the stored tensor, or a file is damaged.
+            CheckpointError: the interval is not within the stored tensor, the slicing is of another
+                shape, or a file is damaged.
         """
         entry = self._entries.get((name, kind))
         if entry is None:
             return None
         try:
-            wanted = boxes(entry.shape, start, numel)
+            runs = list(interval_runs(entry.shape, start, numel, slicing=slicing, rank=tp_rank))
         except ValueError as error:
             raise CheckpointError(
                 f"{self.directory / MANIFEST_PATH} is of another model: the {entry.label}: {error}"
             ) from error
         out = torch.empty(numel, dtype=entry.dtype)
-        for box in wanted:
-            first = flat_start(entry.shape, box) - start
-            view = out[first : first + box.numel].view(box.extents)
-            self._fill(view, box, entry)
+        for run in runs:
+            self._fill(run.view(out), run.box, entry)
         return out
 
     def local(self, rank: int) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ from hf_speed.checkpoint.staging import agreed, check_visible, publish, staged
 from hf_speed.checkpoint.tensorfile import sync_directory, write_tensors, write_text
 from hf_speed.errors import CheckpointError
 from hf_speed.mesh import AxisGroup
-from hf_speed.shard.reshard import boxes, flat_start
+from hf_speed.shard.reshard import flat_start
+from hf_speed.shard.slicing import Run, Slicing, interval_runs
 
 STAGING_NAME = ".staging"
 GIB = 1 << 30
@@ -42,15 +43,18 @@ _OWN_FILE = re.compile(r"(state|local)-(\d+)-rank\d+(-\d+)?\.safetensors")
 
 
 class LocalState(NamedTuple):
-    """What this rank holds of one state tensor.
+    """What this rank holds of one state tensor: an interval of it, or of this rank's slice of it.
 
     Attributes:
         name: fully qualified name of the parameter.
         kind: "master", "exp_avg", ...
         shape: of the full tensor.
-        start: first element held, counted from the start of the flattened full tensor.
+        start: first element held, counted from the start of the flattened slice.
         numel: number of elements held.
         value: (numel,), on any device.
+        slicing: how tensor-parallel ranks divide the full tensor; None: the slice is all of it.
+        tp_rank: whose slice it is. Of stretches that several ranks hold, only the first holder's
+            are written.
     """
 
     name: str
@@ -59,6 +63,25 @@ class LocalState(NamedTuple):
     start: int
     numel: int
     value: Tensor
+    slicing: Slicing | None = None
+    tp_rank: int = 0
+
+    def runs(self) -> list[Run]:
+        """Which boxes of the full tensor are written, and where their values stand in `value`.
+
+        Raises:
+            ValueError: the interval is not within the slice, or the slicing is of another shape.
+        """
+        return list(
+            interval_runs(
+                self.shape,
+                self.start,
+                self.numel,
+                slicing=self.slicing,
+                rank=self.tp_rank,
+                counted_only=True,
+            )
+        )
 
 
 def write_states(
@@ -148,18 +171,17 @@ def _cut(state: LocalState, file: str) -> tuple[dict[str, Tensor], Entry]:
             f"The {label} has a value of shape {tuple(state.value.shape)}, not ({state.numel},)."
         )
     try:
-        found = boxes(tuple(state.shape), state.start, state.numel)
+        runs = state.runs()
     except ValueError as error:
         raise CheckpointError(f"The {label} does not fit: {error}") from error
+    value = state.value.contiguous()
     tensors = {}
     pieces = []
-    for box in found:
-        first = flat_start(tuple(state.shape), box)
-        key = f"{state.kind}/{state.name}@{first}"
-        here = first - state.start
-        tensors[key] = state.value[here : here + box.numel].reshape(box.extents)
-        pieces.append(Piece(file, key, *box))
-    entry = Entry(state.name, state.kind, tuple(state.shape), state.value.dtype, tuple(pieces))
+    for run in runs:
+        key = f"{state.kind}/{state.name}@{flat_start(state.shape, run.box)}"
+        tensors[key] = run.view(value)
+        pieces.append(Piece(file, key, *run.box))
+    entry = Entry(state.name, state.kind, state.shape, state.value.dtype, tuple(pieces))
     return tensors, entry
 
 

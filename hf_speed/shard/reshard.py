@@ -73,15 +73,17 @@ def boxes(shape: tuple[int, ...], start: int, numel: int) -> tuple[Box, ...]:
 
 def intersect(left: Box, right: Box) -> Box | None:
     """The elements in both boxes; None where there are none."""
-    offsets = tuple(map(max, left.offsets, right.offsets))
-    ends = tuple(
-        min(a + m, b + n)
-        for a, m, b, n in zip(left.offsets, left.extents, right.offsets, right.extents, strict=True)
-    )
-    extents = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
-    if any(extent <= 0 for extent in extents):
-        return None
-    return Box(offsets, extents)
+    offsets = []
+    extents = []
+    # Leaves at the first dim in which they are apart: most pairs of pieces differ in dim 0.
+    for a, m, b, n in zip(left.offsets, left.extents, right.offsets, right.extents, strict=True):
+        offset = max(a, b)
+        extent = min(a + m, b + n) - offset
+        if extent <= 0:
+            return None
+        offsets.append(offset)
+        extents.append(extent)
+    return Box(tuple(offsets), tuple(extents))
 
 
 def flat_start(shape: tuple[int, ...], box: Box) -> int:

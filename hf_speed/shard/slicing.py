@@ -282,12 +282,32 @@ class Slicing:
             )
 
 
-def whole_runs(shape: tuple[int, ...], start: int, numel: int) -> Iterator[Run]:
-    """`Slicing.runs` of a parameter that is not sliced: [start, start + numel) of its elements.
+def interval_runs(
+    shape: tuple[int, ...],
+    start: int,
+    numel: int,
+    *,
+    slicing: Slicing | None,
+    rank: int = 0,
+    counted_only: bool = False,
+) -> Iterator[Run]:
+    """`Slicing.runs` for a parameter that may not be sliced, from the shape of the whole.
+
+    Args:
+        shape: of the whole.
+        start: first element of the interval.
+        numel: elements of the interval.
+        slicing: None where every rank holds the whole.
+        rank: whose local tensor, flattened, the interval is of.
+        counted_only: leave out the stretches that a rank before this one holds too.
 
     Raises:
-        ValueError: the interval is not within it.
+        ValueError: the slicing is of another shape, or the interval is not within the local tensor.
     """
+    if slicing is not None:
+        local = slicing.local_shape(shape, rank)
+        yield from slicing.runs(local, rank, start, numel, counted_only=counted_only)
+        return
     steps = strides(shape)
     for box in boxes(shape, start, numel):
         yield Run(box, flat_start(shape, box) - start, steps)

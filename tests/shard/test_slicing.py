@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_speed.shard.reshard import cover_error
-from hf_speed.shard.slicing import Slicing, Stretch, whole_runs
+from hf_speed.shard.slicing import Slicing, Stretch, interval_runs
 
 NUM_RANKS = 4
 
@@ -104,7 +104,7 @@ def test_runs_of_an_unsliced_tensor_are_the_interval(
 ) -> None:
     whole = _numbered(shape)
     interval = whole.reshape(-1)[start : start + numel]
-    runs = list(whole_runs(shape, start, numel))
+    runs = list(interval_runs(shape, start, numel, slicing=None))
     assert sum(run.box.numel for run in runs) == numel
     assert all(torch.equal(run.view(interval), whole[run.box.slices()]) for run in runs)
 

@@ -82,3 +82,18 @@ def needs(action: Action, num_stages: int) -> tuple[Action, ...]:
         return (Action(Kind.INPUT, stage, microbatch),)
     own = Action(Kind.FORWARD, stage, microbatch)
     return (own, Action(Kind.INPUT, stage + 1, microbatch)) if stage + 1 < num_stages else (own,)
+
+
+OTHER_END = {
+    Kind.SEND_FORWARD: (Kind.RECV_FORWARD, 1),
+    Kind.RECV_FORWARD: (Kind.SEND_FORWARD, -1),
+    Kind.SEND_BACKWARD: (Kind.RECV_BACKWARD, -1),
+    Kind.RECV_BACKWARD: (Kind.SEND_BACKWARD, 1),
+}
+"""The kind at the other end of a message, and how many stages further that end is."""
+
+
+def counterpart(action: Action) -> Action:
+    """The other end of a message: the receive of a send, the send of a receive."""
+    kind, further = OTHER_END[action.kind]
+    return Action(kind, action.stage + further, action.microbatch)

@@ -13,11 +13,10 @@ rank can wait in a circle: not even where every send and receive blocks, or wher
 pair share one queue (NCCL).
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
-from hf_speed.pipe.action import Action, Kind
+from hf_speed.pipe.action import Action, Kind, counterpart
 from hf_speed.pipe.plan import Plan
 from hf_speed.pipe.simulate import Costs, simulate
 
@@ -39,8 +38,8 @@ def lower(
             released (RESHARD) after its last; gradients are reduced (REDUCE) after the last
             weight gradient. "microbatch": REDUCE only; whoever runs an action gathers for it.
             None: neither.
-        costs: times by which messages are expected; None: F = I = W = 1. Only the place of the
-            receives depends on them, never correctness. Every time must be above 0.
+        costs: times by which messages are expected, the same on every rank; None: F = I = W = 1.
+            Only the place of the receives depends on them, never correctness.
 
     Returns:
         The same plan with the new actions in its rows.
@@ -50,7 +49,7 @@ def lower(
     """
     ends = [[event.end for event in row] for row in simulate(plan, costs).events]
     inbox = _inboxes(plan, ends)
-    rows = []
+    rows: list[tuple[Action, ...]] = []
     for rank, row in enumerate(plan.rows):
         lowered: list[Action] = []
         expected = iter(inbox[rank])
@@ -60,27 +59,11 @@ def lower(
                 lowered.append(coming[1])
                 coming = next(expected, None)
             lowered.append(action)
-            lowered += [send for send, _, _ in _message(plan, action)]
+            lowered += plan.sends_of(action)
         rows.append(tuple(lowered))
-    lowered_plan = replace(plan, rows=tuple(rows))
-    return lowered_plan if shard is None else _with_shards(lowered_plan, gather=shard == "step")
-
-
-def _message(plan: Plan, action: Action) -> Iterator[tuple[Action, Action, int]]:
-    """(send, receive, receiving rank) of what a compute action makes for another rank."""
-    kind, stage, microbatch = action
-    if kind is Kind.FORWARD:
-        other, send, receive = stage + 1, Kind.SEND_FORWARD, Kind.RECV_FORWARD
-    elif kind is Kind.WEIGHT:
-        return
-    else:
-        other, send, receive = stage - 1, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD
-    if 0 <= other < plan.num_stages and plan.placement[other] != plan.placement[stage]:
-        yield (
-            Action(send, stage, microbatch),
-            Action(receive, other, microbatch),
-            plan.placement[other],
-        )
+    if shard is not None:
+        rows = [_shard_row(row, gather=shard == "step") for row in rows]
+    return replace(plan, rows=tuple(rows))
 
 
 def _inboxes(plan: Plan, ends: list[list[float]]) -> list[list[tuple[Moment, Action]]]:
@@ -88,13 +71,9 @@ def _inboxes(plan: Plan, ends: list[list[float]]) -> list[list[tuple[Moment, Act
     inbox: list[list[tuple[Moment, Action]]] = [[] for _ in plan.rows]
     for rank, row in enumerate(plan.rows):
         for action, end in zip(row, ends[rank], strict=True):
-            for _, receive, receiver in _message(plan, action):
-                inbox[receiver].append(((end, rank), receive))
+            for send in plan.sends_of(action):
+                inbox[plan.peer(send)].append(((end, rank), counterpart(send)))
     return [sorted(box) for box in inbox]
-
-
-def _with_shards(plan: Plan, *, gather: bool) -> Plan:
-    return replace(plan, rows=tuple(_shard_row(row, gather=gather) for row in plan.rows))
 
 
 def _shard_row(row: tuple[Action, ...], *, gather: bool) -> tuple[Action, ...]:

@@ -9,7 +9,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hf_speed.pipe.action import Action, Kind
+from hf_speed.pipe.action import Action, Kind, counterpart, needs
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,30 @@ class Plan:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages on `rank`, first to last."""
         return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)
+
+    def peer(self, action: Action) -> int:
+        """The rank at the other end of a send or receive."""
+        return self.placement[counterpart(action).stage]
+
+    def sends_of(self, action: Action) -> tuple[Action, ...]:
+        """The send that follows a compute action: none where the next stage is on its rank."""
+        if action.kind is Kind.WEIGHT:
+            return ()
+        forward = action.kind is Kind.FORWARD
+        send = action._replace(kind=Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD)
+        other = counterpart(send).stage
+        if not 0 <= other < self.num_stages:
+            return ()
+        return () if self.placement[other] == self.placement[action.stage] else (send,)
+
+    def receives_of(self, action: Action) -> tuple[Action, ...]:
+        """The receive that a compute action waits for: none where its needs are on its rank."""
+        receive = Kind.RECV_FORWARD if action.kind is Kind.FORWARD else Kind.RECV_BACKWARD
+        return tuple(
+            action._replace(kind=receive)
+            for need in needs(action, self.num_stages)
+            if self.placement[need.stage] != self.placement[action.stage]
+        )
 
     def actions(self) -> Iterator[tuple[int, Action]]:
         """(rank, action) of every action, rank by rank."""

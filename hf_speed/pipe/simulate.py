@@ -34,6 +34,21 @@ class Costs:
     kept: float = 1.0
     """Share of a forward's activations that INPUT leaves for WEIGHT, 0 to 1."""
 
+    def __post_init__(self) -> None:
+        for name in ("forward", "input", "weight", "backward"):
+            time = getattr(self, name)
+            times = time if isinstance(time, tuple) else (time,)
+            if any(one is not None and not one > 0 for one in times):
+                raise ConfigError(
+                    f"Costs.{name}={time} is no time: an action that takes none could not be put "
+                    f"in order. Give times above 0, one for all stages or a tuple of one each."
+                )
+        if not self.hop >= 0 or not 0 <= self.kept <= 1:
+            raise ConfigError(
+                f"Costs.hop={self.hop} and Costs.kept={self.kept}: a message takes 0 or more, and "
+                f"kept is a share from 0 to 1. Give such values."
+            )
+
     def time(self, action: Action) -> float:
         """How long a compute action takes."""
         if action.kind is Kind.FORWARD:

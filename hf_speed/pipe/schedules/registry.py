@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from hf_speed.errors import ConfigError
 from hf_speed.pipe.plan import Plan
-from hf_speed.pipe.schedules import flushed
+from hf_speed.pipe.schedules import flushed, vee, zero_bubble
 from hf_speed.pipe.simulate import Costs
 
 
@@ -22,6 +22,14 @@ class Entry(NamedTuple):
 SCHEDULES: dict[str, Entry] = {
     "gpipe": Entry(lambda p, m, _v, _costs: flushed.gpipe(p, m), 1),
     "1f1b": Entry(lambda p, m, _v, _costs: flushed.one_f_one_b(p, m), 1),
+    "interleaved": Entry(lambda p, m, v, _costs: flushed.interleaved(p, m, v), None),
+    "looped_bfs": Entry(lambda p, m, v, _costs: flushed.looped_breadth_first(p, m, v), None),
+    "zb_h1": Entry(lambda p, m, _v, costs: zero_bubble.zb_h1(p, m, costs), 1),
+    "zb_h2": Entry(lambda p, m, _v, costs: zero_bubble.zb_h2(p, m, costs), 1),
+    "zb_v": Entry(lambda p, m, _v, costs: vee.zb_v(p, m, costs), 2),
+    "v_half": Entry(lambda p, m, _v, costs: vee.v_half(p, m, costs), 2),
+    "v_min": Entry(lambda p, m, _v, costs: vee.v_min(p, m, costs), 2),
+    "dualpipe_v": Entry(lambda p, m, _v, _costs: vee.dualpipe_v(p, m), 2),
 }
 """Every schedule by the name that pipe.schedule gives it."""
 

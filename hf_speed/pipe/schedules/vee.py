@@ -42,7 +42,7 @@ def zb_v(num_ranks: int, num_microbatches: int, costs: Costs) -> Plan:
 
 
 def v_half(num_ranks: int, num_microbatches: int, costs: Costs) -> Plan:
-    """Half of 1F1B's memory and half of its bubble: p + 2 held, 3 p - 5 waited (p > 1).
+    """Half of 1F1B's memory and half of its bubble: p + 2 held, 3 p - 5 waited (2 for two ranks).
 
     1F1B holds 2 p and waits 6 (p - 1). A forward takes 1 to the next rank on the way down and 2 on
     the way up, and so does a backward.
@@ -57,7 +57,8 @@ def v_half(num_ranks: int, num_microbatches: int, costs: Costs) -> Plan:
 def v_min(num_ranks: int, num_microbatches: int, costs: Costs) -> Plan:
     """A third of 1F1B's memory, two thirds of its bubble: (2 p + 8) / 3 held, 4 p - 5 waited.
 
-    Every microbatch takes the shortest way.
+    Every microbatch takes the shortest way. That leaves no slack: where F, I and W differ much, it
+    waits more than 1F1B.
     Source: V-Min of arXiv:2405.15362, section 3; the turns' pauses are found here.
     """
     pauses = (2, 0, 2) if num_ranks % 3 == 0 else (0, 0, 0)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_speed.engine.assemble import Parts
+from hf_speed.engine.catalogue import ParameterRecord
+from hf_speed.engine.whole import Wholes
 from hf_speed.errors import EngineError
 from hf_speed.mesh.collectives import all_gather_flat, broadcast_flat
 from hf_speed.shard.layout import Slot
@@ -40,38 +42,43 @@ class Access:
             for group in unit.groups
             for slot in group.layout.slots
         }
-        first_name = {
-            id(entry.parameter): entry.name for group in parts.groups for entry in group.entries
-        }
-        self._aliases = {
-            name: first_name[id(parameter)]
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if id(parameter) in first_name
-        }
+        self._catalogue = parts.catalogue
+        self._wholes = Wholes(parts.catalogue, parts.mesh)
 
     @property
     def names(self) -> list[str]:
-        """Every parameter once, in the order of `model.named_parameters()`."""
-        return list(dict.fromkeys(self._aliases.values()))
+        """Every parameter of the whole model once, in the order of `model.named_parameters()`."""
+        return list(self._catalogue.records)
 
-    def locate(self, name: str) -> Location:
-        """Find a parameter by any of its names.
+    def record(self, name: str) -> ParameterRecord:
+        """What is known of a parameter, by any of its names.
 
         Raises:
             EngineError: the model has no such parameter; names the nearest.
         """
-        found = self._locations.get(self._aliases.get(name, name))
-        if found is None:
-            near = get_close_matches(name, self._aliases, n=1)
+        try:
+            return self._catalogue.record(name)
+        except KeyError:
+            near = get_close_matches(name, self._catalogue.aliases, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise EngineError(f"{type(self._model).__name__} has no parameter {name!r}.{hint}")
-        return found
+            raise EngineError(
+                f"{type(self._model).__name__} has no parameter {name!r}.{hint}"
+            ) from None
+
+    def locate(self, name: str) -> Location | None:
+        """Find a parameter by any of its names; None where another pipeline rank has it.
+
+        Raises:
+            EngineError: the model has no such parameter; names the nearest.
+        """
+        return self._locations.get(self.record(name).name)
 
     @contextmanager
     def gathered(self, names: Sequence[str] | None, *, modify: bool) -> Iterator[None]:
         """Hold the units of the named parameters; see Engine.gathered."""
         wanted = self.names if names is None else list(names)
-        units = list(dict.fromkeys(self.locate(name).unit for name in wanted))
+        located = [place for name in wanted if (place := self.locate(name)) is not None]
+        units = list(dict.fromkeys(place.unit for place in located))
         gatherer = self._parts.gatherer
         gatherer.hold(units)
         groups = [group for unit in units for group in unit.groups]
@@ -95,7 +102,7 @@ class Access:
             return
         broadcast_flat(
             group.full.view(torch.uint8),
-            group=self._parts.mesh.world,
+            group=self._parts.mesh.axis("dp_replicate", "dp_shard"),
             journal=self._parts.mesh.journal,
         )
         new = group.part_of(group.full)
@@ -116,11 +123,25 @@ class Access:
         locations = [(name, self.locate(name)) for name in wanted]
         held: FlatGroup | None = None
         full: Tensor | None = None
-        for name, (_, group, slot) in locations:
-            if group is not held or full is None:
-                full = self._full_values(group, master=master)
-                held = group
-            yield name, group.slot_view(full, slot)
+        for name, place in locations:
+            local = None
+            if place is not None:
+                if place.group is not held or full is None:
+                    full = self._full_values(place.group, master=master)
+                    held = place.group
+                local = place.group.slot_view(full, place.slot)
+            dtype = self._dtype_of(name, local, master=master)
+            yield name, self._wholes.assemble(name, local, dtype=dtype)
+
+    def _dtype_of(self, name: str, local: Tensor | None, *, master: bool) -> torch.dtype:
+        """Of whole values; where others hold them, as their precision says."""
+        if local is not None:
+            return local.dtype
+        record = self.record(name)
+        dtypes = self._parts.precision.dtypes_for(
+            record.name, record.dtype, trainable=record.trainable
+        )
+        return dtypes.master if master else dtypes.compute
 
     def _full_values(self, group: FlatGroup, *, master: bool) -> Tensor:
         if group.full is not None and not (master and group.dtypes.master != group.dtypes.compute):
@@ -147,18 +168,37 @@ class Access:
 
     def set_parameter(self, name: str, value: Tensor) -> None:
         """Overwrite one parameter, masters included."""
-        _, group, slot = self.locate(name)
-        if tuple(value.shape) != slot.shape:
+        local = self._local(name, value)
+        place = self.locate(name)
+        if place is not None and local is not None:
+            with place.group.in_memory(modify=True):
+                place.group.store(place.slot, local)
+
+    def _local(self, name: str, whole: Tensor) -> Tensor | None:
+        """What this rank holds of a whole tensor.
+
+        Raises:
+            EngineError: it is of another shape than the parameter.
+        """
+        record = self.record(name)
+        if tuple(whole.shape) != record.shape:
             raise EngineError(
-                f"{name} has shape {slot.shape}, but the new value has {tuple(value.shape)}."
+                f"{name} has shape {record.shape}, but the new value has {tuple(whole.shape)}."
             )
-        with group.in_memory(modify=True):
-            group.store(slot, value)
+        return self._wholes.local(name, whole)
 
     def gradient(self, name: str) -> Tensor | None:
         """A copy of one whole gradient as the optimizer will see it; None if no rank has one."""
         self._parts.stepper.make_ready()
-        _, group, slot = self.locate(name)
+        place = self.locate(name)
+        local = None if place is None else self._local_gradient(place)
+        if not self._anywhere(name, local is not None):
+            return None
+        return self._wholes.assemble(name, local, dtype=self._dtype_of(name, local, master=True))
+
+    def _local_gradient(self, place: Location) -> Tensor | None:
+        """What the ranks of this stage and slice have of a gradient, together."""
+        group, slot = place.group, place.slot
         index = group.layout.slots.index(slot)
         if not (group.trainable and self._parts.reducer.has_gradient(group, index)):
             return None
@@ -171,14 +211,24 @@ class Access:
                 journal=self._parts.mesh.journal,
             )
 
+    def _anywhere(self, name: str, here: bool) -> bool:  # noqa: FBT001 - a value, not a switch
+        """What the owner of a parameter says, on every pipeline rank."""
+        pipeline, mesh = self._parts.mesh.axis("pp"), self._parts.mesh
+        flag = torch.tensor([here], dtype=torch.uint8, device=mesh.device)
+        source = self.record(name).stages[0]
+        return bool(broadcast_flat(flag, group=pipeline, journal=mesh.journal, source=source))
+
     def set_gradient(self, name: str, value: Tensor) -> None:
         """Overwrite one gradient, after the backward and before the step."""
         self._parts.stepper.make_ready()
-        _, group, slot = self.locate(name)
-        if not group.trainable:
+        if not self.record(name).trainable:
             raise EngineError(
                 f"{name} is frozen (requires_grad=False): no optimizer reads its gradient."
             )
+        local, place = self._local(name, value), self.locate(name)
+        if place is None or local is None:
+            return
+        _, group, slot = place
         self._parts.reducer.mark_used(group, group.layout.slots.index(slot))
 
         def grad_of(piece: nn.Parameter) -> Tensor:
@@ -189,26 +239,31 @@ class Access:
         gradients = self._parts.stepper.gradients
         gradients.settle()
         with gradients.exposed(group, modify=True):
-            set_parts(group, slot, value, grad_of)
+            set_parts(group, slot, local, grad_of)
 
     def optimizer_state(self, name: str, key: str, optimizer: torch.optim.Optimizer) -> Tensor:
         """A copy of one whole moment of a parameter, for example key="exp_avg"."""
-        _, group, slot = self.locate(name)
+        place = self.locate(name)
         self._require_state(name, key, optimizer)
-        with self._parts.stepper.exposed(group):
-            return whole_tensor(
-                group,
-                slot,
-                lambda piece: optimizer.state[piece].get(key),
-                dtype=group.dtypes.master,
-                journal=self._parts.mesh.journal,
-            )
+        local = None
+        if place is not None:
+            with self._parts.stepper.exposed(place.group):
+                local = whole_tensor(
+                    place.group,
+                    place.slot,
+                    lambda piece: optimizer.state[piece].get(key),
+                    dtype=place.group.dtypes.master,
+                    journal=self._parts.mesh.journal,
+                )
+        return self._wholes.assemble(name, local, dtype=self._dtype_of(name, local, master=True))
 
     def set_optimizer_state(
         self, name: str, key: str, value: Tensor, optimizer: torch.optim.Optimizer
     ) -> None:
         """Overwrite one whole moment of a parameter."""
-        _, group, slot = self.locate(name)
+        local, place = self._local(name, value), self.locate(name)
+        if place is None or local is None:
+            return
 
         def state_of(piece: nn.Parameter) -> Tensor:
             state = optimizer.state[piece]
@@ -216,8 +271,8 @@ class Access:
                 state[key] = torch.zeros_like(piece)
             return state[key]
 
-        with self._parts.stepper.exposed(group, modify=True):
-            set_parts(group, slot, value, state_of)
+        with self._parts.stepper.exposed(place.group, modify=True):
+            set_parts(place.group, place.slot, local, state_of)
 
     def _require_state(self, name: str, key: str, optimizer: torch.optim.Optimizer) -> None:
         """Raise on every rank if the optimizer keeps no `key` for the parameters here."""

@@ -5,26 +5,32 @@ stepper -> hooks
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_speed.config import ResolvedConfig, SpeedConfig
+from hf_speed.config import ResolvedConfig, SpeedConfig, check_world
+from hf_speed.engine.catalogue import Catalogue
+from hf_speed.engine.division import Division, SlicePlanner, divide
+from hf_speed.engine.pipeline import check_schedule
 from hf_speed.engine.planning import group_specs, plan, precision_of
 from hf_speed.engine.tiers import MemoryTiers
 from hf_speed.logs import get_logger
 from hf_speed.mesh import Lane, ParallelMesh
-from hf_speed.mesh.axes import IDENTITY
+from hf_speed.mesh.axes import IDENTITY, Axis
 from hf_speed.mesh.collectives import broadcast_flat
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.gather import Gatherer, Unit
-from hf_speed.zero.group import FlatGroup, GroupAxes, GroupSpec
+from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.hooks import UnitHooks
 from hf_speed.zero.parameter import ShardedParameter, released_class
 from hf_speed.zero.pool import BufferPool
-from hf_speed.zero.precision import LossScaler, precision_table
+from hf_speed.zero.precision import LossScaler, PrecisionPlan, precision_table
 from hf_speed.zero.reduce import Reducer
+from hf_speed.zero.spec import GroupAxes, GroupSpec, Sharing
 from hf_speed.zero.step import StepAxes, Stepper
 from hf_speed.zero.units import plan_units
 
@@ -45,6 +51,17 @@ class Parts(NamedTuple):
     hooks: UnitHooks
     scaler: LossScaler | None
     tiers: MemoryTiers
+    division: Division
+    precision: PrecisionPlan
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Every parameter of the whole model."""
+        return self.division.catalogue
+
+    def whole_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The shape of a parameter in the whole model."""
+        return self.catalogue.record(self.division.names[id(parameter)]).shape
 
 
 class Callbacks(NamedTuple):
@@ -62,6 +79,7 @@ def assemble(
     compute_dtype: torch.dtype | None,
     device: torch.device,
     callbacks: Callbacks,
+    slice_planner: SlicePlanner | None = None,
 ) -> Parts:
     """Take `model` over, in place. Collective.
 
@@ -69,24 +87,27 @@ def assemble(
         ConfigError: the config cannot take effect on this model or world.
         MeshError: the mesh does not fit the number of processes.
     """
-    resolved = plan(model, config, compute_dtype=compute_dtype, device=device)
-    mesh = ParallelMesh(
-        {"dp_replicate": resolved.dp_replicate, "dp_shard": resolved.dp_shard},
-        device=device,
-        timeout_s=resolved.timeout_s,
-        journal=Journal(enabled=resolved.journal),
-    )
-    equalise(model, mesh)
+    mesh = _make_mesh(config, device)
+    try:
+        equalise(model, mesh)
+        division = divide(model, config, mesh, slice_planner=slice_planner)
+        resolved = plan(model, config, compute_dtype=compute_dtype, device=device)
+        check_schedule(resolved.pipe, stage=resolved.stage)
+    except BaseException:
+        mesh.close()
+        raise
     pool = BufferPool(device, aligned="disk" in resolved.offload.tiers)
     tiers = MemoryTiers(resolved.offload, device=device)
-    units = _build_units(model, config, resolved, mesh, tiers=tiers)
+    units = _build_units(model, config, resolved, mesh, tiers=tiers, division=division)
     groups = [group for unit in units for group in unit.groups]
     # Gradients become ready from the last unit to the first; the root's embedding comes last.
     backward = [g for unit in [*units[-2::-1], units[-1]] for g in unit.groups if g.trainable]
     gatherer = Gatherer(
         units, pool=pool, journal=mesh.journal, prefetch_units=resolved.prefetch_units
     )
-    reducer = Reducer(backward, pool=pool, journal=mesh.journal, each_backward=resolved.stage >= 2)
+    # A pipeline has a backward for every microbatch, and reduces once.
+    each_backward = resolved.stage >= 2 and division.split is None
+    reducer = Reducer(backward, pool=pool, journal=mesh.journal, each_backward=each_backward)
     scaler = LossScaler(resolved.loss_scale) if resolved.loss_scale is not None else None
     stepper = Stepper(
         backward,
@@ -95,8 +116,9 @@ def assemble(
         pool=pool,
         scaler=scaler,
         axes=StepAxes(
-            shard=mesh.axis("dp_shard") if resolved.stage else IDENTITY,
+            shard=mesh.axis("pp", "dp_shard", "tp") if resolved.stage else mesh.axis("pp", "tp"),
             data=mesh.axis("dp_replicate", "dp_shard"),
+            world=mesh.world,
         ),
         journal=mesh.journal,
         device=device,
@@ -113,7 +135,35 @@ def assemble(
     )
     _report(model, resolved, groups, num_units=len(units))
     return Parts(
-        resolved, mesh, units, groups, pool, gatherer, reducer, stepper, hooks, scaler, tiers
+        resolved,
+        mesh,
+        units,
+        groups,
+        pool,
+        gatherer,
+        reducer,
+        stepper,
+        hooks,
+        scaler,
+        tiers,
+        division,
+        precision_of(model, config, compute_dtype=resolved.compute_dtype),
+    )
+
+
+def _make_mesh(config: SpeedConfig, device: torch.device) -> ParallelMesh:
+    started = dist.is_available() and dist.is_initialized()
+    sizes = check_world(config, dist.get_world_size() if started else 1)
+    return ParallelMesh(
+        {
+            "pp": sizes.pp,
+            "dp_replicate": sizes.dp_replicate,
+            "dp_shard": sizes.dp_shard,
+            "tp": sizes.tp,
+        },
+        device=device,
+        timeout_s=config.debug.timeout_s,
+        journal=Journal(enabled=config.debug.journal),
     )
 
 
@@ -156,30 +206,50 @@ def _build_units(
     mesh: ParallelMesh,
     *,
     tiers: MemoryTiers,
+    division: Division,
 ) -> list[Unit]:
     precision = precision_of(model, config, compute_dtype=resolved.compute_dtype)
-    axes = _axes(resolved.stage, mesh)
-    plans = plan_units(model, None if resolved.units == "auto" else list(resolved.units))
-    names = {id(entry.parameter): entry.name for each in plans for entry in each.entries}
-    released = released_class(names)
+    classes = None if resolved.units == "auto" else list(resolved.units)
+    plans = plan_units(model, classes, names=division.names)
+    released = released_class(dict(division.names))
+    for stages, slices in division.all_sharings():
+        # Every rank makes every group, in one order, whether or not it is in it.
+        _axes(resolved.stage, mesh, Sharing(stages, slices))
     units = []
     for each in plans:
         groups = [
-            _build_group(spec, axes, resolved.stage, tiers=tiers, released=released)
-            for spec in group_specs(each, precision)
+            _build_group(
+                spec,
+                _axes(resolved.stage, mesh, spec.sharing),
+                resolved.stage,
+                tiers=tiers,
+                released=released,
+            )
+            for spec in group_specs(each, precision, division.sharing_of)
         ]
-        units.append(Unit(each, groups))
+        # A pipeline's forwards go through its runner; the model's own call runs many of them.
+        through = division.split.runner if each.is_root and division.split else each.module
+        units.append(Unit(each._replace(module=through), groups))
     return units
 
 
-def _axes(stage: int, mesh: ParallelMesh) -> GroupAxes:
+def _axes(stage: int, mesh: ParallelMesh, sharing: Sharing) -> GroupAxes:
+    """The ranks that a group deals with. Collective on its first call for a sharing."""
+    axes: list[Axis] = ["dp_replicate"] if stage else ["dp_replicate", "dp_shard"]
+    within: dict[Axis, tuple[int, ...]] = {}
+    if sharing.stages:
+        within["pp"] = sharing.stages
+    if sharing.slices:
+        within["tp"] = sharing.slices
+    replica = mesh.axis(*axes, *within, lane=Lane.REDUCE, within=within)
+    num_sharers = prod(len(each) for each in within.values())
     if stage == 0:
-        replica = mesh.axis("dp_replicate", "dp_shard", lane=Lane.REDUCE)
-        return GroupAxes(IDENTITY, IDENTITY, replica)
+        return GroupAxes(IDENTITY, IDENTITY, replica, num_sharers)
     return GroupAxes(
         gather=mesh.axis("dp_shard", lane=Lane.GATHER),
         reduce=mesh.axis("dp_shard", lane=Lane.REDUCE),
-        replica=mesh.axis("dp_replicate", lane=Lane.REDUCE),
+        replica=replica,
+        num_sharers=num_sharers,
     )
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_speed.engine.assemble import Parts
+from hf_speed.engine.catalogue import Catalogue
+from hf_speed.engine.whole import Wholes
 from hf_speed.errors import EngineError
 from hf_speed.zero.elementwise import require_elementwise
 from hf_speed.zero.group import FlatGroup
@@ -25,8 +27,10 @@ class OptimizerBinding:
     def __init__(self, optimizer: Optimizer, parts: Parts) -> None:
         self.optimizer = optimizer
         self._parts = parts
+        self._wholes = Wholes(parts.catalogue, parts.mesh)
         self._original = [list(group["params"]) for group in optimizer.param_groups]
         entries = {id(e.parameter) for group in parts.groups for e in group.entries}
+        entries |= {id(parameter) for parameter in parts.division.removed.values()}
         if not any(id(each) in entries for params in self._original for each in params):
             raise EngineError(
                 f"This {type(optimizer).__name__} holds no parameter of the prepared model, so its "
@@ -35,47 +39,61 @@ class OptimizerBinding:
         streams = any(group.streams for group in parts.groups)
         if streams or any(group.axes.gather.size > 1 for group in parts.groups):
             require_elementwise(optimizer, stage=parts.config.stage)
-        repoint(optimizer, _pieces_by_parameter(parts.groups))
+        pieces = _pieces_by_parameter(parts)
+        repoint(optimizer, pieces, {each: parts.whole_shape(each) for each in pieces})
         self._updates = parts.tiers.updates_for(optimizer, parts.groups) if streams else None
         parts.stepper.watch(optimizer, self._updates)
 
     def release(self) -> None:
         """Give the optimizer its whole parameters and whole states back. Collective."""
-        for group in self._parts.groups:
-            with self._parts.stepper.exposed(group):
-                self._restore_states(group)
+        self._restore_states()
         self._parts.stepper.unwatch()
         if self._updates is not None:
             self._updates.close()
         for group, params in zip(self.optimizer.param_groups, self._original, strict=True):
             group["params"][:] = params
 
-    def _restore_states(self, group: FlatGroup) -> None:
+    def _restore_states(self) -> None:
         """Turn the states of pieces into states of whole parameters, kind by kind."""
         kinds = self._kinds()
-        pieces = {
-            slot_piece.index: piece
-            for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True)
+        division = self._parts.division
+        places = {
+            slot.name: (group, index)
+            for group in self._parts.groups
+            for index, slot in enumerate(group.layout.slots)
         }
-        if group.whole or not group.trainable:
-            return
-        for index, slot in enumerate(group.layout.slots):
-            parameter = group.entries[index].parameter
-            whole = {
-                kind: whole_tensor(
+        for name, record in self._parts.catalogue.records.items():
+            group, index = places.get(name, (None, 0))
+            if not record.trainable or (
+                not division.is_divided and group is not None and group.whole
+            ):
+                continue
+            parameter = division.removed[name] if group is None else group.entries[index].parameter
+            states = {kind: self._whole_state(name, kind, group, index) for kind in kinds}
+            whole = {kind: value for kind, value in states.items() if value is not None}
+            scalars = self._scalars(None if group is None else _piece_of(group, index))
+            if whole or scalars:
+                self.optimizer.state[parameter] = {**scalars, **whole}
+        for group in self._parts.groups:
+            for piece in () if group.whole else group.pieces:
+                self.optimizer.state.pop(piece, None)
+
+    def _whole_state(
+        self, name: str, kind: str, group: FlatGroup | None, index: int
+    ) -> Tensor | None:
+        """One state of one whole parameter. Collective."""
+        local, dtype = None, self._parts.catalogue.record(name).dtype
+        if group is not None:
+            with self._parts.stepper.exposed(group):
+                local = whole_tensor(
                     group,
-                    slot,
-                    lambda piece, kind=kind: tensor_states(self.optimizer, piece).get(kind),
+                    group.layout.slots[index],
+                    lambda piece: tensor_states(self.optimizer, piece).get(kind),
                     dtype=group.dtypes.master,
                     journal=self._parts.mesh.journal,
                 )
-                for kind in kinds
-            }
-            scalars = self._scalars(pieces.get(index))
-            if whole or scalars:
-                self.optimizer.state[parameter] = {**scalars, **whole}
-        for piece in group.pieces:
-            self.optimizer.state.pop(piece, None)
+            dtype = local.dtype
+        return self._wholes.assemble(name, local, dtype=dtype)
 
     def _kinds(self) -> list[str]:
         """Kinds of tensor state that any rank keeps, in an order that all ranks share."""
@@ -108,19 +126,43 @@ def _union(mine: set[str], parts: Parts) -> set[str]:
     return set().union(*everyone)
 
 
-def _pieces_by_parameter(groups: list[FlatGroup]) -> dict[nn.Parameter, list]:
+def _piece_of(group: FlatGroup, index: int) -> nn.Parameter | None:
+    """This rank's piece of a parameter, if it has one."""
+    slots = group.piece_slots()
+    return next((p for p, s in zip(group.pieces, slots, strict=True) if s.index == index), None)
+
+
+def _pieces_by_parameter(parts: Parts) -> dict[nn.Parameter, list]:
     """Parameter -> [(piece, function that cuts its part out of a whole tensor)] on this rank."""
     found: dict[nn.Parameter, list] = {
-        entry.parameter: [] for group in groups if group.trainable for entry in group.entries
+        entry.parameter: [] for group in parts.groups if group.trainable for entry in group.entries
     }
-    for group in groups:
+    # Of other pipeline ranks: they leave this rank's optimizer.
+    found |= {parameter: [] for parameter in parts.division.removed.values()}
+    for group in parts.groups:
         for piece, slot_piece in zip(group.pieces, group.piece_slots(), strict=True):
+            entry = group.entries[slot_piece.index]
             cut = partial(
-                _cut, start=slot_piece.start, numel=slot_piece.numel, shape=tuple(piece.shape)
+                _cut,
+                name=entry.name,
+                catalogue=parts.catalogue,
+                start=slot_piece.start,
+                numel=slot_piece.numel,
+                shape=tuple(piece.shape),
             )
-            found[group.entries[slot_piece.index].parameter].append((piece, cut))
+            found[entry.parameter].append((piece, cut))
     return found
 
 
-def _cut(whole: Tensor, *, start: int, numel: int, shape: tuple[int, ...]) -> Tensor:
-    return whole.reshape(-1)[start : start + numel].view(shape)
+def _cut(
+    whole: Tensor,
+    *,
+    name: str,
+    catalogue: Catalogue,
+    start: int,
+    numel: int,
+    shape: tuple[int, ...],
+) -> Tensor:
+    slicing = catalogue.record(name).slicing
+    local = whole if slicing is None else slicing.cut(whole, catalogue.tp_rank)
+    return local.reshape(-1)[start : start + numel].view(shape)

@@ -22,17 +22,17 @@ from hf_speed.engine.access import Access
 from hf_speed.engine.assemble import Callbacks, Parts, assemble
 from hf_speed.engine.binding import OptimizerBinding
 from hf_speed.engine.clearing import unwrap_zero_grad, wrap_zero_grad
+from hf_speed.engine.division import SlicePlanner, SliceReader
 from hf_speed.engine.generation import unwrap_generate, wrap_generate
 from hf_speed.engine.link import attach_link, engine_of, remove_link
 from hf_speed.engine.parking import ParkedStates
+from hf_speed.engine.pipeline import PipelineForward
 from hf_speed.engine.report import peak_bytes
+from hf_speed.engine.stages import install_pipeline
 from hf_speed.engine.state import load_engine, save_engine
 from hf_speed.errors import EngineError
 from hf_speed.mesh import ParallelMesh
 from hf_speed.zero.group import FlatGroup
-
-SliceReader = Callable[[str, int, int], Tensor | None]
-"""(name, start, numel) -> [start, start + numel) of the flattened parameter, or None to keep it."""
 
 
 class StepStats(NamedTuple):
@@ -61,6 +61,7 @@ class Engine:
         *,
         compute_dtype: torch.dtype | None,
         device: torch.device,
+        slice_planner: SlicePlanner | None,
     ) -> None:
         self.model = model
         self.sync_gradients = True
@@ -70,6 +71,7 @@ class Engine:
         self._binding: OptimizerBinding | None = None
         self._gathered_depth = 0
         self._parked: ParkedStates | None = None
+        self._slice_planner = slice_planner
         self._take_over()
 
     @classmethod
@@ -80,6 +82,7 @@ class Engine:
         *,
         compute_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        slice_planner: SlicePlanner | None = None,
     ) -> "Engine":
         """Take `model` over, in place. Collective over all started processes.
 
@@ -91,6 +94,7 @@ class Engine:
                 keeps in fp32; None leaves every parameter its own dtype.
             device: where parts live; None: where the model is, or the current accelerator for a
                 model on the meta device.
+            slice_planner: says how the layers of a model are divided, where mesh.tp is above 1.
 
         Raises:
             ConfigError: the config cannot take effect here.
@@ -102,21 +106,31 @@ class Engine:
                 f"This {type(model).__name__} has an engine already. Call its detach() first."
             )
         chosen = device if device is not None else _device_of(model)
-        return cls(model, config, compute_dtype=compute_dtype, device=chosen)
+        return cls(
+            model,
+            config,
+            compute_dtype=compute_dtype,
+            device=chosen,
+            slice_planner=slice_planner,
+        )
 
     def _take_over(self) -> None:
         callbacks = Callbacks(
-            is_syncing=lambda: self.sync_gradients,
+            # Under a pipeline a step has many backwards; their sum is reduced once, afterwards.
+            is_syncing=lambda: self.sync_gradients and self._pipeline is None,
             on_forward=self._check_in_place,
             on_backward_end=self._on_backward_end,
         )
+        self._pipeline: PipelineForward | None = None
         self._parts: Parts = assemble(
             self.model,
             self._config,
             compute_dtype=self._compute_dtype,
             device=self._device,
             callbacks=callbacks,
+            slice_planner=self._slice_planner,
         )
+        self._pipeline = install_pipeline(self)
         self._access = Access(self._parts, self.model)
         pieces = (piece for group in self._parts.groups for piece in group.pieces)
         wrap_zero_grad(self.model, pieces)
@@ -314,9 +328,10 @@ class Engine:
         At stages 0 to 2 every rank reads every parameter whole. No collective.
         """
         self._parts.stepper.settle()
+        local = self._parts.division.local_reader(read)
         for group in self._parts.groups:
             with group.in_memory(modify=True):
-                _load_group(group, read)
+                _load_group(group, local)
         self._parts.gatherer.invalidate()
 
     def load_full_parameters(self, source: Callable[[str], Tensor | None]) -> None:
@@ -433,16 +448,24 @@ class Engine:
     def detach(self) -> None:
         """Give model and optimizer back as plain PyTorch objects with whole values. Collective."""
         self.release_optimizer()
+        whole = self._whole_values() if self._parts.division.is_divided else {}
+        if self._pipeline is not None:
+            self._pipeline.undo()
         for group in self._parts.groups:
             full = self._access._full_values(group, master=True)
             group.restore(full)
             group.free()
+        self._parts.division.undo(whole.__getitem__)
         self._parts.hooks.remove()
         self._parts.tiers.close()
         unwrap_generate(self._generating)
         unwrap_zero_grad(self.model)
         remove_link(self.model, self._link)
         self._parts.mesh.close()
+
+    def _whole_values(self) -> dict[str, Tensor]:
+        """Copies of all whole parameters. Collective."""
+        return {name: value.clone() for name, value in self.full_parameters(master=True)}
 
 
 def _load_group(group: FlatGroup, read: SliceReader) -> None:

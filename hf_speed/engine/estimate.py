@@ -21,13 +21,13 @@ import torch
 
 from hf_speed.config import SpeedConfig, TierBytes, Tiers
 from hf_speed.config.offload import update_of
-from hf_speed.config.planner import ON_DEVICE
 from hf_speed.config.parallel import check_world
+from hf_speed.config.planner import ON_DEVICE
 from hf_speed.shard.layout import FlatLayout
 from hf_speed.zero.gather import FETCHES_AHEAD
 from hf_speed.zero.gradients import MAX_COMMITS
-from hf_speed.zero.group import GroupSpec
 from hf_speed.zero.reduce import MAX_IN_FLIGHT
+from hf_speed.zero.spec import GroupSpec
 
 SCALE_BYTES = 4
 QUEUE_DEPTH = 16

@@ -1,5 +1,7 @@
 """What will be built, decided before anything is: dtypes, groups, bytes, the resolved config."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,9 +14,9 @@ from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.axes import IDENTITY
 from hf_speed.mesh.collectives import agree, all_reduce_small
 from hf_speed.mesh.journal import Journal
-from hf_speed.zero.group import Dtypes, GroupSpec
 from hf_speed.zero.parameter import ShardedParameter
 from hf_speed.zero.precision import PrecisionPlan, fp32_module_names
+from hf_speed.zero.spec import Dtypes, GroupSpec, Sharing
 from hf_speed.zero.units import ParameterEntry, UnitPlan, plan_units
 
 
@@ -28,22 +30,46 @@ def plan(
     """Resolve every AUTO of `config` for this model, world and machine. Allocates nothing.
 
     Collective: one small all-reduce, so that ranks that see different amounts of free memory
-    choose the same plan.
+    choose the same plan; under a pipeline, whose stages differ, all plan for the largest.
+
+    Args:
+        model: what this rank has of it.
+        config: what the user set.
+        compute_dtype: of mixed precision.
+        device: where modules compute.
 
     Raises:
         ConfigError: the config cannot take effect, or nothing that it allows fits.
     """
     world = _world()
     units = sizes_of(model, config, compute_dtype=compute_dtype)
+    if config.mesh.pp > 1:
+        units = _largest(units, world)
     return resolve(
         config,
         world_size=world.size,
-        param_dtype=prevailing_dtype(model),
+        param_dtype=_agreed_dtype(prevailing_dtype(model), config, world),
         compute_dtype=compute_dtype,
         needed=Estimator(units, config, world_size=world.size, device_type=device.type).needed,
         memory=_agreed_memory(config, world, device=device),
         device_type=device.type,
     )
+
+
+def _largest(units: list[list[GroupSize]], world: AxisGroup) -> list[list[GroupSize]]:
+    """The units of the rank that has most to hold."""
+    everyone: list[list[list[GroupSize]]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(everyone, units, group=world.group)
+    return max(everyone, key=lambda each: sum(sum(g.numels) for unit in each for g in unit))
+
+
+def _agreed_dtype(dtype: torch.dtype, config: SpeedConfig, world: AxisGroup) -> torch.dtype:
+    """That of rank 0, where stages may differ."""
+    if config.mesh.pp == 1:
+        return dtype
+    everyone = [dtype] * world.size
+    dist.all_gather_object(everyone, dtype, group=world.group)
+    return everyone[0]
 
 
 def prevailing_dtype(model: nn.Module) -> torch.dtype:
@@ -116,22 +142,32 @@ def _agreed_memory(config: SpeedConfig, world: AxisGroup, *, device: torch.devic
     return Memory(*least.tolist(), shared=memory.shared)
 
 
-def group_specs(unit: UnitPlan, precision: PrecisionPlan) -> list[GroupSpec]:
-    """Divide a unit by dtypes and requires_grad: what is flat must be alike.
+def group_specs(
+    unit: UnitPlan,
+    precision: PrecisionPlan,
+    sharing_of: Callable[[str], Sharing] = lambda _: Sharing(),
+) -> list[GroupSpec]:
+    """Divide a unit by dtypes, requires_grad and sharing: what is flat must be alike.
+
+    Args:
+        unit: the unit.
+        precision: gives every parameter its dtypes.
+        sharing_of: name of a parameter -> the ranks that hold equal copies of it.
 
     Raises:
         ConfigError: a trainable parameter of a dtype that cannot have gradients.
     """
-    divided: dict[tuple[Dtypes, bool], list[ParameterEntry]] = {}
+    divided: dict[tuple[Dtypes, bool, Sharing], list[ParameterEntry]] = {}
     for entry in unit.entries:
         parameter = entry.parameter
         _check_kind(entry.name, parameter)
-        key = (precision.dtypes_of(entry.name, parameter), parameter.requires_grad)
+        dtypes = precision.dtypes_of(entry.name, parameter)
+        key = (dtypes, parameter.requires_grad, sharing_of(entry.name))
         divided.setdefault(key, []).append(entry)
     label = unit.name or "root"
     return [
-        GroupSpec(f"{label}[{index}]", tuple(entries), dtypes, trainable)
-        for index, ((dtypes, trainable), entries) in enumerate(divided.items())
+        GroupSpec(f"{label}[{index}]", tuple(entries), dtypes, trainable, sharing)
+        for index, ((dtypes, trainable, sharing), entries) in enumerate(divided.items())
     ]
 
 

@@ -1,8 +1,9 @@
 """Between an engine and the `hf_speed/` half of a checkpoint.
 
 Saved: masters where they differ from the weights in the Hub files, the optimizer's tensors and
-counters, hyperparameters of its groups, the loss scale, and each rank's RNG. Any number of ranks
-reads what any other number wrote: states are intervals of named tensors.
+counters, hyperparameters of its groups, the loss scale, and each rank's RNG. Any mesh reads what
+any other wrote: states are boxes of named whole tensors, of which a rank holds an interval, or an
+interval of its slice. Names and shapes are those of the whole model (`catalogue.py`).
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from torch.optim import Optimizer
 from hf_speed.checkpoint.reader import StateReader
 from hf_speed.checkpoint.writer import LocalState, write_states
 from hf_speed.engine.assemble import Parts
+from hf_speed.engine.catalogue import Catalogue
+from hf_speed.engine.rng import MESH, load_rng, rng_state
 from hf_speed.errors import CheckpointError
-from hf_speed.logs import get_logger
 from hf_speed.zero.states import Holding, holdings, scalar_states, tensor_states
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 MASTER = "master"
 PARAMETER_SHAPES = "parameters"
-
-_log = get_logger(__name__)
 
 
 def save_engine(engine: "Engine", directory: str) -> None:
@@ -40,52 +40,59 @@ def save_engine(engine: "Engine", directory: str) -> None:
         _meta(engine),
         world=parts.mesh.world,
         scalars=_scalars(parts, engine.optimizer),
-        local=_rng_state(parts.mesh.device),
+        local=rng_state(parts.mesh.device),
         max_shard_bytes=parts.config.max_shard_bytes,
     )
 
 
 def local_states(parts: Parts, optimizer: Optimizer | None) -> Iterator[LocalState]:
-    """What this rank has to save: of equal copies, the first replica's only."""
+    """What this rank has to save: of copies that several ranks hold, the first one's only."""
     for group in parts.groups:
         if group.axes.replica.rank == 0 and group.trainable:
             with parts.stepper.exposed(group):
                 for holding in holdings([group]):
-                    yield from _states_of(holding, optimizer)
+                    if parts.catalogue.is_counted(holding.slot.name):
+                        yield from _states_of(holding, optimizer, parts.catalogue)
 
 
-def _states_of(holding: Holding, optimizer: Optimizer | None) -> Iterator[LocalState]:
+def _states_of(
+    holding: Holding, optimizer: Optimizer | None, catalogue: Catalogue
+) -> Iterator[LocalState]:
     group, slot, piece, slot_piece = holding
+    record = catalogue.record(slot.name)
     values = dict(tensor_states(optimizer, piece)) if optimizer is not None else {}
     if group.dtypes.master != group.dtypes.compute:
         values[MASTER] = piece.detach()
     for kind, value in sorted(values.items()):
         yield LocalState(
-            slot.name,
+            record.name,
             kind,
-            slot.shape,
+            record.shape,
             slot_piece.start,
             slot_piece.numel,
             value.detach().reshape(-1),
+            slicing=record.slicing,
+            tp_rank=catalogue.tp_rank,
         )
 
 
 def _meta(engine: "Engine") -> dict[str, Any]:
     parts = engine.parts
-    shapes = {
-        slot.name: list(slot.shape)
-        for group in parts.groups
-        if group.trainable
-        for slot in group.layout.slots
-    }
     return {
-        "mesh": dict(parts.mesh.sizes),
+        MESH: dict(parts.mesh.sizes),
         "stage": parts.config.stage,
         "optimizer": None if engine.optimizer is None else type(engine.optimizer).__name__,
         "param_groups": _hyperparameters(engine.optimizer),
         "loss_scale": None if parts.scaler is None else parts.scaler.state(),
-        PARAMETER_SHAPES: shapes,
+        PARAMETER_SHAPES: {
+            name: list(shape) for name, shape in _trainable(parts.catalogue).items()
+        },
     }
+
+
+def _trainable(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of what is trained, on whichever rank."""
+    return {record.name: record.shape for record in catalogue.records.values() if record.trainable}
 
 
 def _hyperparameters(optimizer: Optimizer | None) -> list[dict[str, Any]]:
@@ -120,15 +127,8 @@ def _scalars(parts: Parts, optimizer: Optimizer | None) -> dict[str, dict[str, f
     for _, slot, piece, _ in holdings(parts.groups):
         scalars = scalar_states(optimizer, piece)
         if scalars:
-            found[slot.name] = scalars
+            found[parts.catalogue.record(slot.name).name] = scalars
     return found
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu_rng": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda_rng"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def load_engine(engine: "Engine", directory: str) -> None:
@@ -139,30 +139,25 @@ def load_engine(engine: "Engine", directory: str) -> None:
     """
     parts = engine.parts
     with StateReader(directory) as reader:
-        _check_model(parts, reader)
+        _check_model(parts.catalogue, reader)
         for group in parts.groups:
             if group.trainable:
                 with parts.stepper.exposed(group, modify=True):
                     for holding in holdings([group]):
-                        _load_holding(holding, reader, engine.optimizer)
+                        _load_holding(holding, reader, engine.optimizer, parts.catalogue)
         if engine.optimizer is not None:
             _check_optimizer(engine.optimizer, reader)
             _load_hyperparameters(engine.optimizer, reader)
         scale = reader.meta.get("loss_scale")
         if parts.scaler is not None and scale is not None:
             parts.scaler.load(scale)
-        _load_rng(parts, reader)
+        load_rng(parts.mesh, reader)
     parts.stepper.spread()
 
 
-def _check_model(parts: Parts, reader: StateReader) -> None:
+def _check_model(catalogue: Catalogue, reader: StateReader) -> None:
     stored = {name: tuple(s) for name, s in reader.meta.get(PARAMETER_SHAPES, {}).items()}
-    here = {
-        slot.name: slot.shape
-        for group in parts.groups
-        if group.trainable
-        for slot in group.layout.slots
-    }
+    here = _trainable(catalogue)
     differing = sorted(
         name for name in stored.keys() | here.keys() if stored.get(name) != here.get(name)
     )
@@ -184,10 +179,20 @@ def _check_optimizer(optimizer: Optimizer, reader: StateReader) -> None:
         )
 
 
-def _load_holding(holding: Holding, reader: StateReader, optimizer: Optimizer | None) -> None:
+def _load_holding(
+    holding: Holding, reader: StateReader, optimizer: Optimizer | None, catalogue: Catalogue
+) -> None:
     _, slot, piece, slot_piece = holding
-    for kind in reader.kinds(slot.name):
-        value = reader.read(slot.name, kind, slot_piece.start, slot_piece.numel)
+    record = catalogue.record(slot.name)
+    for kind in reader.kinds(record.name):
+        value = reader.read(
+            record.name,
+            kind,
+            slot_piece.start,
+            slot_piece.numel,
+            slicing=record.slicing,
+            tp_rank=catalogue.tp_rank,
+        )
         if value is None:
             continue
         if kind == MASTER:
@@ -197,7 +202,7 @@ def _load_holding(holding: Holding, reader: StateReader, optimizer: Optimizer | 
             target = value.view(piece.shape).to(device=piece.device, copy=True)
             optimizer.state[piece][kind] = target
     if optimizer is not None:
-        for key, number in reader.scalars.get(slot.name, {}).items():
+        for key, number in reader.scalars.get(record.name, {}).items():
             optimizer.state[piece][key] = _counter(optimizer, key, float(number), piece)
 
 
@@ -226,19 +231,3 @@ def _load_hyperparameters(optimizer: Optimizer, reader: StateReader) -> None:
                 now.fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(now, tuple) else value
-
-
-def _load_rng(parts: Parts, reader: StateReader) -> None:
-    local = reader.local(parts.mesh.rank)
-    if "cpu_rng" not in local:
-        _log.warning(
-            "%s has no RNG state for rank %d (it was saved by %d ranks): dropout and sampling will "
-            "differ from the run that wrote it.",
-            reader.directory,
-            parts.mesh.rank,
-            reader.manifest.world_size,
-        )
-        return
-    torch.set_rng_state(local["cpu_rng"])
-    if "cuda_rng" in local and parts.mesh.device.type == "cuda":
-        torch.cuda.set_rng_state(local["cuda_rng"], parts.mesh.device)

@@ -4,7 +4,6 @@ A stage is a stretch of consecutive layers. The slowest stage sets the pace, so 
 a stage is made as small as it can be, and of the ways to do that the most even one is taken.
 """
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 

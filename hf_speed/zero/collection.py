@@ -35,7 +35,7 @@ class Collection:
         self.local: Tensor | None = None
         self.holds = False
         self.launched = False
-        num_ranks = group.axes.reduce.size * group.axes.replica.size
+        num_ranks = group.axes.reduce.size * group.axes.replica.size // group.axes.num_sharers
         # Scaling to the mean is free while copying to an fp32 wire; 16-bit ones would lose bits.
         scaled_early = group.dtypes.wire == torch.float32
         self.early_scale = 1.0 / num_ranks if scaled_early else 1.0

@@ -146,8 +146,9 @@ class PieceGradients:
         return [piece.grad for piece in pieces if piece.grad is not None]
 
     def norms(self, norm_type: float) -> list[Tensor]:
-        """The norm of each."""
-        return norms_of(self.tensors(), norm_type)
+        """The norm of each that counts: of equal copies on several ranks, one does."""
+        pieces = (piece for group in self._groups if group.is_counted for piece in group.pieces)
+        return norms_of([piece.grad for piece in pieces if piece.grad is not None], norm_type)
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiply all."""
@@ -189,8 +190,9 @@ class StreamedGradients:
         self._tier = tier
 
     def norms(self, norm_type: float) -> list[Tensor]:
-        """The norm of each piece's, scaled."""
-        norms = [each for group in self._groups for each in self._tier.norms(group, norm_type)]
+        """The norm of each piece's that counts, scaled."""
+        counted = [group for group in self._groups if group.is_counted]
+        norms = [each for group in counted for each in self._tier.norms(group, norm_type)]
         return norms if self.factor == 1.0 else [each * self.factor for each in norms]
 
     def scale(self, factor: float | Tensor) -> None:

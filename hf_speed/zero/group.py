@@ -14,13 +14,11 @@ A group holds the parameters of a unit that share a dtype and requires_grad. It 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_speed.errors import EngineError
-from hf_speed.mesh import AxisGroup
 from hf_speed.offload import Store, Ticket
 from hf_speed.shard.layout import FlatLayout, Slot, SlotPiece
 from hf_speed.zero.cells import (
@@ -34,39 +32,7 @@ from hf_speed.zero.cells import (
     twin_of,
 )
 from hf_speed.zero.parameter import ShardedParameter, hide, placeholder_of, publish
-from hf_speed.zero.units import ParameterEntry
-
-
-class Dtypes(NamedTuple):
-    """The dtypes of one group, each named by the step of the walk at which it is used."""
-
-    compute: torch.dtype
-    master: torch.dtype
-    wire: torch.dtype
-    accumulate: torch.dtype
-
-
-class GroupAxes(NamedTuple):
-    """The ranks that a group deals with.
-
-    Attributes:
-        gather: between which the buffer is divided, for gathers; size 1 at stage 0.
-        reduce: the same ranks, for reductions.
-        replica: ranks that hold equal parts.
-    """
-
-    gather: AxisGroup
-    reduce: AxisGroup
-    replica: AxisGroup
-
-
-class GroupSpec(NamedTuple):
-    """What a group is made of, before anything is allocated."""
-
-    name: str
-    entries: tuple[ParameterEntry, ...]
-    dtypes: Dtypes
-    trainable: bool
+from hf_speed.zero.spec import GroupAxes, GroupSpec
 
 
 class FlatGroup:
@@ -95,6 +61,7 @@ class FlatGroup:
         self.entries = spec.entries
         self.dtypes = spec.dtypes
         self.trainable = spec.trainable
+        self.is_counted = spec.sharing.is_counted
         self.axes = axes
         self.device = device
         self.layout = FlatLayout.plan(

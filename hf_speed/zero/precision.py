@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_speed.config import LossScaleConfig
-from hf_speed.zero.group import Dtypes
+from hf_speed.zero.spec import Dtypes
 
 
 class PrecisionPlan(NamedTuple):
@@ -32,11 +32,15 @@ class PrecisionPlan(NamedTuple):
 
     def dtypes_of(self, name: str, parameter: nn.Parameter) -> Dtypes:
         """The dtypes of one parameter."""
-        compute = parameter.dtype
+        return self.dtypes_for(name, parameter.dtype, trainable=parameter.requires_grad)
+
+    def dtypes_for(self, name: str, dtype: torch.dtype, *, trainable: bool) -> Dtypes:
+        """The dtypes of a parameter that need not be at hand."""
+        compute = dtype
         if self.compute is not None and compute.is_floating_point:
             kept = bool(self.keep_fp32.intersection(name.split(".")))
             compute = torch.float32 if kept else self.compute
-        if not (parameter.requires_grad and compute.is_floating_point):
+        if not (trainable and compute.is_floating_point):
             return Dtypes(compute, compute, compute, compute)
         narrow = compute.itemsize < torch.float32.itemsize
         master = self.master if narrow and self.master is not None else compute

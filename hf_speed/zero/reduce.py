@@ -209,6 +209,12 @@ class Reducer:
             collection.launched = False
         self.finish()
 
+    def scale_unreduced(self, factor: float) -> None:
+        """Multiply what was summed locally and not reduced yet."""
+        for collection in self._collections:
+            if collection.local is not None:
+                collection.local.mul_(factor)
+
     @property
     def has_unreduced(self) -> bool:
         """Whether there are gradients that no other rank has seen yet."""

@@ -39,10 +39,12 @@ class StepAxes(NamedTuple):
     Attributes:
         shard: hold different elements.
         data: see different batches.
+        world: all of them: what overflows on one is skipped on all.
     """
 
     shard: AxisGroup
     data: AxisGroup
+    world: AxisGroup
 
 
 class Stepper:
@@ -156,6 +158,10 @@ class Stepper:
             all_reduce_small(
                 flags, group=self._axes.data, journal=self._journal, op=dist.ReduceOp.MAX
             )
+        if self._scaler is not None and self._axes.world.size > self._axes.data.size:
+            all_reduce_small(
+                flags[:1], group=self._axes.world, journal=self._journal, op=dist.ReduceOp.MAX
+            )
         overflowed, *used = flags.tolist()
         self._reducer.drop_unused([bool(each) for each in used])
         self.was_skipped = bool(overflowed)
@@ -177,7 +183,7 @@ class Stepper:
             device=self._device,
         )
         self.grad_norm = norm
-        if norms and not self.was_skipped:
+        if not self.was_skipped:
             self.gradients.scale(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
@@ -275,6 +281,7 @@ class Stepper:
 def repoint(
     optimizer: Optimizer,
     pieces_of: Mapping[nn.Parameter, Sequence[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]],
+    shapes: Mapping[nn.Parameter, Sequence[int]],
 ) -> None:
     """Replace the parameters in `optimizer.param_groups` by their pieces on this rank, in place.
 
@@ -282,6 +289,7 @@ def repoint(
         optimizer: any torch optimizer; state that it has already is cut like the parameter.
         pieces_of: parameter -> its pieces here (none, or one), each with the function that cuts the
             piece's part out of a tensor of the parameter's shape.
+        shapes: parameter -> shape of the whole, which its states have.
     """
     for group in optimizer.param_groups:
         replaced: list[nn.Parameter] = []
@@ -293,14 +301,16 @@ def repoint(
             for piece, cut in pieces_of[parameter]:
                 replaced.append(piece)
                 if state:
-                    optimizer.state[piece] = _cut_state(state, parameter.shape, cut)
+                    optimizer.state[piece] = _cut_state(state, shapes[parameter], cut)
         group["params"][:] = replaced
 
 
 def _cut_state(
-    state: Mapping[str, Any], shape: torch.Size, cut: Callable[[Tensor], Tensor]
+    state: Mapping[str, Any], shape: Sequence[int], cut: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
     return {
-        key: cut(value).clone() if isinstance(value, Tensor) and value.shape == shape else value
+        key: cut(value).clone()
+        if isinstance(value, Tensor) and value.shape == tuple(shape)
+        else value
         for key, value in state.items()
     }

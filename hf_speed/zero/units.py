@@ -5,7 +5,7 @@ belong to no block (embeddings, final norm, head) and those that several blocks 
 unit, which stays gathered from the start of the forward to the end of the backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -43,12 +43,19 @@ class UnitPlan(NamedTuple):
     is_root: bool
 
 
-def plan_units(model: nn.Module, block_classes: Sequence[str] | None = None) -> list[UnitPlan]:
+def plan_units(
+    model: nn.Module,
+    block_classes: Sequence[str] | None = None,
+    *,
+    names: Mapping[int, str] | None = None,
+) -> list[UnitPlan]:
     """Divide the parameters of `model` in units: blocks in definition order, then the root.
 
     Args:
         model: any module; Transformers models name their blocks in `_no_split_modules`.
         block_classes: class names of the modules that become units; None finds them.
+        names: id of a parameter -> its name, where another one than the first here is meant: that
+            in the whole model, of which this is a part.
 
     Raises:
         ConfigError: a class in `block_classes` is not in the model.
@@ -65,7 +72,8 @@ def plan_units(model: nn.Module, block_classes: Sequence[str] | None = None) -> 
             if parameter is None:
                 continue
             known = entries.get(id(parameter))
-            name = f"{prefix}.{key}" if prefix else key
+            here = f"{prefix}.{key}" if prefix else key
+            name = here if names is None else names.get(id(parameter), here)
             place = ParameterPlace(module, key)
             if known is None:
                 entries[id(parameter)] = ParameterEntry(name, parameter, (place,))

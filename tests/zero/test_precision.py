@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hf_speed.config import LossScaleConfig
-from hf_speed.zero.group import Dtypes
 from hf_speed.zero.precision import LossScaler, PrecisionPlan, fp32_module_names, precision_table
+from hf_speed.zero.spec import Dtypes
 from tests.engine.toys import toy_model
 
 FP32, BF16 = torch.float32, torch.bfloat16

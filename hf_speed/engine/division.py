@@ -1,0 +1,258 @@
+"""Taking a model apart before it is sharded: layers divided over `tp`, stages dealt out over `pp`.
+
+    whole model -> written down (catalogue) -> layers sliced -> stages elsewhere removed
+
+In place, and with an inverse: `Division.undo` makes the whole model again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_speed.config import ResolvedPipe, SpeedConfig
+from hf_speed.config.parallel import resolve_pipe
+from hf_speed.engine.catalogue import Catalogue, ParameterRecord, first_names
+from hf_speed.errors import ConfigError
+from hf_speed.mesh import ParallelMesh
+from hf_speed.mesh.collectives import broadcast_flat
+from hf_speed.pipe.body import Body, find_body
+from hf_speed.pipe.measure import measure_costs
+from hf_speed.pipe.partition import partition
+from hf_speed.pipe.schedules import make_plan
+from hf_speed.pipe.stage import SplitModel, split_model
+from hf_speed.pipe.weights import needs_generator
+from hf_speed.zero.parameter import ShardedParameter, hide, placeholder_of, publish, released_class
+from hf_speed.zero.spec import Sharing
+
+if TYPE_CHECKING:
+    from hf_speed.nn.sliced import SlicedModel, SlicePlan
+
+SlicePlanner = Callable[[nn.Module, int], "SlicePlan"]
+"""(model, ranks) -> how its layers are divided; of the integrations, which know models."""
+
+
+SliceReader = Callable[[str, int, int], Tensor | None]
+"""(name, start, numel) -> [start, start + numel) of the flattened parameter, or None to keep it."""
+
+
+class Division(NamedTuple):
+    """What was done to a model before it was sharded.
+
+    Attributes:
+        catalogue: the whole model.
+        names: id of a parameter -> its name in the whole model.
+        sliced: its divided layers; None where mesh.tp is 1.
+        split: its stages on this rank; None where mesh.pp is 1.
+        placement: stage -> pipeline rank.
+        removed: parameters that are on other pipeline ranks alone.
+        draws: whether a training forward draws random numbers.
+    """
+
+    catalogue: Catalogue
+    names: Mapping[int, str]
+    sliced: "SlicedModel | None"
+    split: SplitModel | None
+    placement: tuple[int, ...]
+    removed: Mapping[str, nn.Parameter]
+    draws: bool
+
+    def sharing_of(self, name: str) -> Sharing:
+        """Ranks that hold equal copies of a parameter, each with a share of its gradient."""
+        record = self.catalogue.record(name)
+        is_counted = self.catalogue.is_counted(name)
+        return Sharing(_several(record.stages), _several(self._sharers(record)), is_counted)
+
+    def _sharers(self, record: ParameterRecord) -> tuple[int, ...]:
+        """Places along `tp` that share this rank's copy and sum its gradient."""
+        if not record.partial:
+            return ()
+        if record.slicing is None:
+            return record.partial
+        return record.slicing.sharers(self.catalogue.tp_rank)
+
+    def all_sharings(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(stages, places along `tp`) of every shared parameter on any rank, in a fixed order."""
+        found = set()
+        for record in self.catalogue.records.values():
+            sets: Sequence[tuple[int, ...]] = [record.partial]
+            if record.partial and record.slicing is not None:
+                slicing = record.slicing
+                sets = [slicing.sharers(rank) for rank in range(slicing.num_ranks)]
+            for each in sets:
+                if len(record.stages) > 1 or len(each) > 1:
+                    found.add((_several(record.stages), _several(each)))
+        return sorted(found)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether this rank has less than the whole model."""
+        return self.sliced is not None or self.split is not None
+
+    def local_reader(self, read: SliceReader) -> SliceReader:
+        """From a reader of whole parameters to one of what this rank holds of them."""
+        rank = self.catalogue.tp_rank
+
+        def read_local(name: str, start: int, numel: int) -> Tensor | None:
+            record = self.catalogue.record(name)
+            if record.slicing is None:
+                return read(name, start, numel)
+            whole = read(name, 0, torch.Size(record.shape).numel())
+            if whole is None:
+                return None
+            local = record.slicing.cut(whole.view(record.shape), rank)
+            return local.view(-1)[start : start + numel]
+
+        return read_local
+
+    def undo(self, whole: Callable[[str], Tensor]) -> None:
+        """Make the whole model again, in place.
+
+        Args:
+            whole: the values of a parameter by name.
+        """
+        if self.split is not None:
+            self.split.undo()
+        for name, parameter in self.removed.items():
+            if isinstance(parameter, ShardedParameter):
+                dtype = self.catalogue.record(name).dtype
+                publish(parameter, whole(name).to(dtype, copy=True))
+        if self.sliced is not None:
+            self.sliced.undo(whole)
+
+
+def divide(
+    model: nn.Module,
+    config: SpeedConfig,
+    mesh: ParallelMesh,
+    *,
+    slice_planner: SlicePlanner | None,
+) -> Division:
+    """Take `model` apart as the mesh says, in place. Every rank has the whole model before.
+
+    Collective where layers are dealt out by time.
+
+    Raises:
+        ConfigError: the model cannot be cut, or its layers cannot be divided.
+    """
+    names, aliases = first_names(model)
+    whole = {
+        names[id(parameter)]: (tuple(parameter.shape), parameter.requires_grad, parameter.dtype)
+        for parameter in model.parameters()
+    }
+    parameters = dict(model.named_parameters())
+    draws = needs_generator(model)
+    pipe = resolve_pipe(config)
+    body = find_body(model) if mesh.sizes["pp"] > 1 else None
+    counts, placement = _deal_out(model, body, pipe, mesh)
+    stages = _stages_of(aliases, body, counts, placement)
+    sliced = _slice(model, config, mesh, slice_planner)
+    slicings = {} if sliced is None else sliced.slicings
+    partial = {} if sliced is None else sliced.partial
+    records = [
+        ParameterRecord(
+            name, shape, stages[name], slicings.get(name), partial.get(name, ()), trainable, dtype
+        )
+        for name, (shape, trainable, dtype) in whole.items()
+    ]
+    catalogue = Catalogue(
+        records, aliases, pp_rank=mesh.coordinates["pp"], tp_rank=mesh.coordinates["tp"]
+    )
+    split = None
+    if body is not None:
+        local = [stage for stage, rank in enumerate(placement) if rank == catalogue.pp_rank]
+        split = split_model(model, body, counts, local)
+    removed = {name: p for name, p in parameters.items() if not catalogue.is_here(name)}
+    _release(removed)
+    return Division(catalogue, names, sliced, split, placement, removed, draws)
+
+
+def _deal_out(
+    model: nn.Module, body: Body | None, pipe: ResolvedPipe, mesh: ParallelMesh
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(layers of each stage, pipeline rank of each stage)."""
+    if body is None:
+        return (), (0,)
+    num_ranks = mesh.sizes["pp"]
+    plan = make_plan(pipe.schedule, num_ranks=num_ranks, num_microbatches=1, chunks=pipe.chunks)
+    num_layers = len(body.layers)
+    if not isinstance(pipe.balance, str):
+        if sum(pipe.balance) != num_layers:
+            raise ConfigError(
+                f"pipe.balance={list(pipe.balance)} deals out {sum(pipe.balance)} layers, but "
+                f"{type(model).__name__} has {num_layers}. Let the counts add up to {num_layers}."
+            )
+        return tuple(pipe.balance), plan.placement
+    if pipe.balance == "parameters":
+        return partition(body.costs(), plan.num_stages), plan.placement
+    counts = torch.tensor(
+        partition(measure_costs(model, body), plan.num_stages),
+        dtype=torch.int64,
+        device=mesh.device,
+    )
+    # Clocks differ: rank 0's count.
+    broadcast_flat(counts, group=mesh.world, journal=mesh.journal)
+    return tuple(counts.tolist()), plan.placement
+
+
+def _stages_of(
+    aliases: Mapping[str, str], body: Body | None, counts: Sequence[int], placement: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """First name of each parameter -> pipeline ranks that hold it, the owner first."""
+    if body is None:
+        return dict.fromkeys(aliases.values(), (0,))
+    homes: dict[str, set[int]] = {}
+    ends = {place.path: placement[0] for place in body.before}
+    ends |= {place.path: placement[-1] for place in body.after}
+    stage_of_layer = [stage for stage, count in enumerate(counts) for _ in range(count)]
+    for index, place in enumerate(body.layers):
+        ends[place.path] = placement[stage_of_layer[index]]
+    for name, first in aliases.items():
+        for path in _prefixes(name):
+            if path in ends:
+                homes.setdefault(first, set()).add(ends[path])
+    return {first: tuple(sorted(ranks)) for first, ranks in homes.items()}
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        yield ".".join(parts[:length])
+
+
+def _slice(
+    model: nn.Module, config: SpeedConfig, mesh: ParallelMesh, planner: SlicePlanner | None
+) -> "SlicedModel | None":
+    num_ranks = mesh.sizes["tp"]
+    if num_ranks == 1:
+        return None
+    from hf_speed.nn.sliced import slice_model
+
+    if planner is None:
+        raise ConfigError(
+            f"mesh.tp={num_ranks} needs a plan of the model's layers. Give Engine.attach one with "
+            f"slice_planner=, or prepare the model with hf_speed's Trainer or Accelerator, which "
+            f"know Transformers models."
+        )
+    return slice_model(
+        model,
+        planner(model, num_ranks),
+        tp=mesh.axis("tp"),
+        journal=mesh.journal,
+        sequence_parallel=config.tensor.sequence_parallel,
+    )
+
+
+def _release(removed: Mapping[str, nn.Parameter]) -> None:
+    """Let go of the values of parameters that are on other ranks."""
+    released = released_class({id(parameter): name for name, parameter in removed.items()})
+    for parameter in removed.values():
+        if not parameter.is_meta:
+            shape, dtype = tuple(parameter.shape), parameter.dtype
+            placeholder = placeholder_of(shape, dtype=dtype, device=parameter.device)
+            hide(parameter, placeholder, released)
+
+
+def _several(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    return ranks if len(ranks) > 1 else ()

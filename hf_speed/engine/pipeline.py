@@ -1,0 +1,365 @@
+"""`model(**batch)` of a model that is spread over pipeline stages.
+
+In training, with labels, the call runs the whole schedule, forwards and backwards, and returns the
+loss on every rank; gradients wait, unreduced, until `loss.backward()` says by which factor they
+count. Without gradients the call runs the forwards alone and returns logits and loss on every rank,
+so that evaluation, prediction and generation are those of a whole model.
+
+    model(**batch)     cut in microbatches -> plan -> run -> loss to all ranks
+    loss.backward()    factor as expected? -> one reduction
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_speed.config import ResolvedPipe
+from hf_speed.errors import ConfigError, EngineError
+from hf_speed.mesh import ParallelMesh
+from hf_speed.mesh.collectives import broadcast_flat
+from hf_speed.pipe import batch as batches
+from hf_speed.pipe.action import Kind
+from hf_speed.pipe.lower import lower
+from hf_speed.pipe.p2p import Links
+from hf_speed.pipe.plan import Plan
+from hf_speed.pipe.runtime import Runtime
+from hf_speed.pipe.schedules import make_plan
+from hf_speed.pipe.stage import SplitModel, Stage
+from hf_speed.pipe.validate import validate
+from hf_speed.pipe.weights import (
+    Switch,
+    generator_state,
+    needs_generator,
+    set_generator_state,
+    unwrap_linears,
+    wrap_linears,
+)
+
+_SPLIT = frozenset({"zb_h1", "zb_h2", "zb_v", "v_half", "dualpipe_v"})
+"""Schedules in which weight gradients wait."""
+
+_UNSUPPORTED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class Gradients(Protocol):
+    """What is asked of the sharding engine."""
+
+    def unshard(self, stage: Stage) -> None:
+        """Gather a stage's parameters and keep them."""
+        ...
+
+    def reshard(self, stage: Stage) -> None:
+        """Let them go."""
+        ...
+
+    def reduce(self, stage: Stage) -> None:
+        """A stage's gradients are complete."""
+        ...
+
+    @property
+    def are_clear(self) -> bool:
+        """Whether there are no gradients yet."""
+        ...
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss in fp16, else 1."""
+        ...
+
+    def scale(self, factor: float) -> None:
+        """Multiply those that are not reduced."""
+        ...
+
+    def commit(self) -> None:
+        """A backward is done: reduce, if this one ends an accumulation."""
+        ...
+
+
+class PipelineForward:
+    """Stands in front of a model's forward.
+
+    Args:
+        model: of which this rank keeps some stages.
+        split: those stages.
+        config: of the pipeline.
+        mesh: of the run.
+        placement: stage -> pipeline rank.
+        gradients: of the sharding engine.
+        gathers: whether parameters are gathered for a step (stage 3).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: SplitModel,
+        *,
+        config: ResolvedPipe,
+        mesh: ParallelMesh,
+        placement: Sequence[int],
+        gradients: Gradients,
+        gathers: bool,
+        draws: bool,
+    ) -> None:
+        self._model = model
+        self._split = split
+        self._config = config
+        self._mesh = mesh
+        self._placement = tuple(placement)
+        self._gradients = gradients
+        self._shard = config.gather if gathers else None
+        self._draws = draws
+        self._switch = Switch()
+        modules = [module for stage in split.stages.values() for module in stage.modules]
+        self._linears = wrap_linears(modules, self._switch) if config.schedule in _SPLIT else []
+        self._runtime = Runtime(
+            rank=mesh.coordinates["pp"],
+            stages=split.stages,
+            runner=split.runner,
+            links=Links(mesh, placement),
+            switch=self._switch,
+            shards=gradients,
+            device=mesh.device,
+        )
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._factor = 1.0
+        self._open: _Loss | None = None
+        self.__signature__ = inspect.signature(type(model).forward).replace(
+            parameters=list(inspect.signature(type(model).forward).parameters.values())[1:]
+        )
+        self._honours_count = "loss_function" in _source(type(model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a batch through the pipeline. Collective over its ranks."""
+        inputs = self._bind(args, kwargs)
+        self._split.runner.train(self._model.training)
+        if torch.is_grad_enabled() and self._model.training:
+            return self._train(inputs)
+        with torch.no_grad():
+            return self._evaluate(inputs)
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        bound = inspect.signature(self).bind(*args, **kwargs)
+        inputs = dict(bound.arguments)
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                inputs |= inputs.pop(name, {})
+        asked = [name for name in _UNSUPPORTED if inputs.get(name)]
+        if asked or inputs.get("return_dict") is False:
+            raise ConfigError(
+                f"{asked[0] if asked else 'return_dict=False'} cannot be served under a pipeline "
+                f"(mesh.pp > 1): each rank has some of the layers only. Leave it out, or set "
+                f"mesh.pp=1."
+            )
+        return {name: value for name, value in inputs.items() if value is not None}
+
+    def _train(self, inputs: dict[str, Any]) -> Any:
+        if self._open is not None:
+            raise EngineError(
+                "The loss of the batch before has had no backward(), so its gradients, which a "
+                "pipeline computes in the forward, would be added to those of this batch. Call "
+                "loss.backward() (or accelerator.backward(loss)) once for every batch, or compute "
+                "losses that are not trained on inside torch.no_grad()."
+            )
+        microbatches = self._cut(inputs, self._config.microbatches)
+        plan = self._plan(len(microbatches), trains=True)
+        self._open = _Loss(self._factor * self._gradients.loss_scale, self._gradients.are_clear)
+        seeds, after = self._seeds(len(microbatches))
+        try:
+            result = self._runtime.run(plan, microbatches, scale=self._open.factor, seeds=seeds)
+        except BaseException:
+            self._open = None
+            raise
+        if after is not None:
+            set_generator_state(after, self._mesh.device)
+        total = torch.zeros(1, dtype=torch.float32, device=self._mesh.device)
+        for loss in result.losses:
+            total += loss.float()
+        self._from_last(total)
+        anchor = torch.zeros((), device=total.device, requires_grad=True)
+        loss = _Committed.apply(total.view(()), self, anchor)
+        kind = self._split.runner.output_kind
+        return loss if kind in (None, Tensor) else kind(loss=loss)
+
+    def commit(self, factor: float) -> None:
+        """`loss.backward()` multiplies gradients by `factor`: those that wait are made to fit.
+
+        Raises:
+            EngineError: another factor than before, with older gradients already added to these.
+        """
+        loss, self._open = self._open, None
+        if loss is None:
+            raise EngineError("This loss has had its backward() already.")
+        if factor != loss.factor:
+            if not loss.is_alone:
+                raise EngineError(
+                    f"loss.backward() scales gradients by {factor:g}, but those of this step that "
+                    f"are there already were scaled by {loss.factor:g}: a pipeline computes them "
+                    f"in the forward. Multiply every loss of a step by the same factor."
+                )
+            self._gradients.scale(factor / loss.factor)
+            self._factor = factor / self._gradients.loss_scale
+        self._gradients.commit()
+
+    def _evaluate(self, inputs: dict[str, Any]) -> Any:
+        caches = "past_key_values" in inputs or inputs.get("use_cache")
+        microbatches = self._cut(inputs, 1 if caches else None)
+        plan = self._plan(len(microbatches), trains=False)
+        outputs = self._runtime.run(plan, microbatches).outputs
+        kind = self._split.runner.output_kind
+        if kind is None or kind is Tensor:
+            value = torch.cat(outputs) if outputs and outputs[0].dim() else _total(outputs)
+            return self._share(value)
+        logits = [each.logits for each in outputs if getattr(each, "logits", None) is not None]
+        values: dict[str, Any] = {"logits": self._share(torch.cat(logits) if logits else None)}
+        if any("label" in name for name in inputs):
+            losses = [
+                batches.loss_of(each, weight=part.weight)
+                for each, part in zip(outputs, microbatches, strict=False)
+            ]
+            values["loss"] = self._share(_total(losses))
+        if self._split.runner.cache is not None and caches:
+            values["past_key_values"] = self._split.runner.cache
+        return kind(**values)
+
+    def _cut(self, inputs: dict[str, Any], wanted: int | None) -> list[batches.Microbatch]:
+        """The batch in microbatches, weighed by their tokens."""
+        if "num_items_in_batch" in inputs and not self._honours_count:
+            del inputs["num_items_in_batch"]
+        if self._config.gather == "microbatch" and self._shard and wanted is None:
+            raise ConfigError(
+                "pipe.gather='microbatch' gathers once for each microbatch on all data-parallel "
+                "ranks, which must have equally many. Set pipe.microbatches."
+            )
+        rows = batches.num_rows(inputs)
+        count = batches.choose_count(wanted, rows=rows, num_ranks=self._mesh.sizes["pp"])
+        last_only = frozenset(name for name in inputs if "label" in name or "num_items" in name)
+        microbatches = batches.cut(inputs, count, last_only=last_only)
+        if "num_items_in_batch" in inputs:
+            return microbatches
+        return batches.weigh(microbatches, is_shifted=batches.shifts_labels(self._model))
+
+    def _plan(self, count: int, *, trains: bool) -> Plan:
+        """The lowered plan for so many microbatches; made and validated once."""
+        key = (count, trains)
+        if key not in self._plans:
+            config, num_ranks = self._config, self._mesh.sizes["pp"]
+            plan = make_plan(
+                config.schedule, num_ranks=num_ranks, num_microbatches=count, chunks=config.chunks
+            )
+            if not trains:
+                plan = plan.keep(Kind.FORWARD)
+            else:
+                validate(plan)
+            self._plans[key] = lower(plan, shard=self._shard)
+        return self._plans[key]
+
+    def _seeds(self, count: int) -> tuple[list[Tensor] | None, Tensor | None]:
+        """A generator state for each microbatch, and the one to go on with after the run."""
+        if not self._draws:
+            return None, None
+        device = self._mesh.device
+        numbers = torch.randint(2**62, (count,), dtype=torch.int64).to(device)
+        # Ranks of one batch agree, whatever each has drawn before.
+        group = self._mesh.axis("pp", "tp")
+        broadcast_flat(numbers, group=group, journal=self._mesh.journal)
+        states = [
+            torch.Generator(device).manual_seed(number).get_state() for number in numbers.tolist()
+        ]
+        return states, generator_state(device)
+
+    def _from_last(self, value: Tensor) -> Tensor:
+        """Give every pipeline rank what the last stage has. One broadcast."""
+        return broadcast_flat(
+            value,
+            group=self._mesh.axis("pp"),
+            journal=self._mesh.journal,
+            source=self._placement[-1],
+        )
+
+    def _share(self, value: Tensor | None) -> Tensor | None:
+        """The last stage's tensor, of a shape that the others do not know; None if it has none."""
+        header = torch.zeros(10, dtype=torch.int64, device=self._mesh.device)
+        if value is not None:
+            code = _DTYPES.index(value.dtype)
+            numbers = [1, code, value.dim(), *value.shape]
+            header[: len(numbers)] = torch.tensor(numbers)
+        there, code, dims, *sizes = self._from_last(header).tolist()
+        if not there:
+            return None
+        if value is None:
+            value = torch.empty(sizes[:dims], dtype=_DTYPES[code], device=self._mesh.device)
+        return self._from_last(value.contiguous())
+
+    def undo(self) -> None:
+        """Leave the model's linears and its forward alone again."""
+        unwrap_linears(self._linears)
+        if self._model.__dict__.get("forward") is self:
+            del self._model.__dict__["forward"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model has some of the layers only; it runs as its class does."""
+        copied = memo[id(self._model)]
+        return MethodType(type(copied).forward, copied)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+
+
+class _Loss(NamedTuple):
+    """A loss whose backward() has not been called.
+
+    Attributes:
+        factor: that its gradients were multiplied by.
+        is_alone: whether there are no older gradients.
+    """
+
+    factor: float
+    is_alone: bool
+
+
+class _Committed(torch.autograd.Function):
+    """The loss, whose gradients are there already; its backward tells the pipeline the factor."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, pipeline: PipelineForward, anchor: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.pipeline = pipeline
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyrefly: ignore
+        ctx.pipeline.commit(float(grad))
+        return None, None, None
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack([each.float() for each in losses]).sum() if losses else None
+
+
+def _source(kind: type) -> str:
+    """The source of a class's forward; empty where there is none to read."""
+    try:
+        return inspect.getsource(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return ""
+
+
+def check_schedule(config: ResolvedPipe, *, stage: int) -> None:
+    """Refuse what cannot be combined.
+
+    Raises:
+        ConfigError: weight gradients that wait for parameters that are gone.
+    """
+    if stage == 3 and config.gather == "microbatch" and config.schedule in _SPLIT:
+        raise ConfigError(
+            f"pipe.gather='microbatch' lets go of parameters after each backward, but "
+            f"pipe.schedule={config.schedule!r} computes their gradients later. Set "
+            f"pipe.gather='step', or a schedule that does not split the backward: 'gpipe', '1f1b', "
+            f"'interleaved', 'looped_bfs'."
+        )
+
+
+__all__ = ["Gradients", "PipelineForward", "check_schedule", "needs_generator"]

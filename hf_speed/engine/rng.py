@@ -1,0 +1,75 @@
+"""The random state of a rank in a checkpoint, and on which rank of another mesh it goes on.
+
+On the mesh that it was saved on each rank goes on with its own. On another one a rank goes on with
+that of the data-parallel rank of its index. All ranks that see one batch then get one state: so the
+dropout that they repeat agrees.
+"""
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+
+from hf_speed.checkpoint.reader import StateReader
+from hf_speed.logs import get_logger
+from hf_speed.mesh import ParallelMesh
+from hf_speed.mesh.axes import AXES, Axis
+from hf_speed.mesh.topology import rank_of
+
+MESH = "mesh"
+"""Under this key of a checkpoint's meta data: the axis sizes of the run that wrote it."""
+
+_DATA_AXES: tuple[Axis, ...] = ("dp_replicate", "dp_shard", "ep")
+"""Ranks apart along these see different batches; ranks along the others see the same."""
+
+_log = get_logger(__name__)
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of this rank's generators, as bytes."""
+    states = {"cpu_rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def load_rng(mesh: ParallelMesh, reader: StateReader) -> None:
+    """Set this rank's generators; with a warning where some rank of this run has no state.
+
+    Raises:
+        CheckpointError: the file with the state is damaged.
+    """
+    saved = reader.meta.get(MESH, {"dp_shard": reader.manifest.world_size})
+    there: dict[Axis, int] = {axis: saved.get(axis, 1) for axis in AXES}
+    source = _source(mesh, there)
+    local = reader.local(source) if source is not None else {}
+    num_here, num_there = _num_data_ranks(mesh.sizes), _num_data_ranks(there)
+    if num_here > num_there or "cpu_rng" not in local:
+        _log.warning(
+            "%s has no RNG states for all of this run's %d data-parallel ranks (it was saved by "
+            "%d): dropout and sampling of the others will differ from the run that wrote it.",
+            reader.directory,
+            num_here,
+            num_there,
+        )
+    if "cpu_rng" in local:
+        torch.set_rng_state(local["cpu_rng"])
+    if "cuda_rng" in local and mesh.device.type == "cuda":
+        torch.cuda.set_rng_state(local["cuda_rng"], mesh.device)
+
+
+def _source(mesh: ParallelMesh, there: Mapping[Axis, int]) -> int | None:
+    """The rank of the saved mesh whose state this rank takes over; None where it has no like."""
+    if there == mesh.sizes:
+        return mesh.rank
+    index = 0
+    for axis in _DATA_AXES:
+        index = index * mesh.sizes[axis] + mesh.coordinates[axis]
+    places: dict[Axis, int] = {"pp": 0, "tp": 0}
+    for axis in reversed(_DATA_AXES):
+        index, places[axis] = divmod(index, there[axis])
+    return rank_of(places, there) if index == 0 else None
+
+
+def _num_data_ranks(sizes: Mapping[Axis, int]) -> int:
+    return prod(sizes[axis] for axis in _DATA_AXES)

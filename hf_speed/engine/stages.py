@@ -1,0 +1,89 @@
+"""Between a pipeline and the sharding of its stages: what a step gathers, and when it reduces."""
+
+from typing import TYPE_CHECKING
+
+from hf_speed.engine.assemble import Parts
+from hf_speed.engine.pipeline import PipelineForward
+from hf_speed.pipe.stage import Stage
+from hf_speed.zero.gather import Unit
+
+if TYPE_CHECKING:
+    from hf_speed.engine.engine import Engine
+
+
+class StageGradients:
+    """The gradients and parameters of a rank's stages, as the pipeline asks for them."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+
+    @property
+    def _parts(self) -> Parts:
+        return self._engine.parts
+
+    def _units(self, stage: Stage) -> list[Unit]:
+        """The units of a stage; the root, which has what is in no layer, is every stage's."""
+        own = {id(module) for root in stage.modules for module in root.modules()}
+        return [unit for unit in self._parts.units if unit.is_root or id(unit.module) in own]
+
+    def unshard(self, stage: Stage) -> None:
+        """Gather a stage's parameters and keep them. Collective over its data-parallel ranks."""
+        self._parts.gatherer.hold(self._units(stage))
+
+    def reshard(self, stage: Stage) -> None:
+        """Let them go."""
+        self._parts.gatherer.let_go(self._units(stage))
+
+    def reduce(self, stage: Stage) -> None:
+        """Nothing yet: by which factor they count is known at `loss.backward()`."""
+
+    @property
+    def are_clear(self) -> bool:
+        """Whether there are no gradients yet."""
+        if self._parts.reducer.has_unreduced:
+            return False
+        return all(
+            piece.grad is None
+            for group in self._parts.groups
+            for piece in group.pieces
+            if not group.travels
+        )
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss in fp16, else 1."""
+        return self._engine.loss_scale
+
+    def scale(self, factor: float) -> None:
+        """Multiply those that are not reduced."""
+        self._parts.reducer.scale_unreduced(factor)
+        for group in self._parts.groups:
+            for piece in group.pieces if not group.travels else ():
+                if piece.grad is not None:
+                    piece.grad.mul_(factor)
+
+    def commit(self) -> None:
+        """A backward is done: reduce, if this one ends an accumulation. Collective then."""
+        if self._engine.sync_gradients:
+            self._parts.reducer.flush()
+        self._parts.stepper.forget_gradients()
+
+
+def install_pipeline(engine: "Engine") -> PipelineForward | None:
+    """Let calls of an engine's model run its pipeline; None where there is none."""
+    parts = engine.parts
+    split = parts.division.split
+    if split is None:
+        return None
+    forward = PipelineForward(
+        engine.model,
+        split,
+        config=parts.config.pipe,
+        mesh=parts.mesh,
+        placement=parts.division.placement,
+        gradients=StageGradients(engine),
+        gathers=any(group.is_sharded for group in parts.groups),
+        draws=parts.division.draws,
+    )
+    engine.model.__dict__["forward"] = forward
+    return forward

@@ -1,0 +1,331 @@
+"""Pipeline stages of a model that stays the user's object.
+
+A rank keeps the layers of its stages; everywhere else stand a few lines that pass on what they are
+given. So a stage is run by calling the model's own forward, with the batch that every rank has:
+masks, positions and rotary tables are made where they are used, and between ranks nothing travels
+but the hidden states.
+
+    stage 1 of 3:   embeddings*   0* 1*   2 3   4* 5*   norm* head*        * stand-in
+                                  |             |
+                    gives what was received     takes what is to be sent
+
+Where a rank has several stages, each has its own set of stand-ins, put in place while it runs.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from hf_speed.errors import ConfigError, EngineError
+from hf_speed.pipe.body import Body, Place
+
+
+class Passage:
+    """What passes through one run of a stage.
+
+    Attributes:
+        received: hidden states from the stage before; None on the first stage.
+        result: hidden states for the next stage, once they have been met.
+        in_layers: whether a layer, or its stand-in, has run.
+    """
+
+    def __init__(self) -> None:
+        self.received: Tensor | None = None
+        self.result: Tensor | None = None
+        self.in_layers = False
+
+    def begin(self, received: Tensor | None) -> None:
+        """Start a run."""
+        self.received, self.result, self.in_layers = received, None, False
+
+    def finish(self) -> Tensor | None:
+        """End a run and let go of its tensors; returns the result."""
+        result = self.result
+        self.received = self.result = None
+        return result
+
+
+class LayerElsewhere(nn.Module):
+    """Stands for a layer of another stage: hands on the hidden states.
+
+    Args:
+        layer: that it stands for; its plain attributes can be read here too.
+        index: of the layer.
+        takes: it follows the stage's last layer: what it is given is the stage's result.
+        gives: it is the first of all: it gives what was received.
+        returns_tuple: the layer's forward returns a tuple.
+        passage: of the stage.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        *,
+        takes: bool,
+        gives: bool,
+        returns_tuple: bool,
+        passage: Passage,
+    ) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            # Some models look at a layer's kind of attention before they call it.
+            if isinstance(value, (str, int, float)) and not name.startswith("_"):
+                self.__dict__.setdefault(name, value)
+        self._index = index
+        self._takes = takes
+        self._gives = gives
+        self._returns_tuple = returns_tuple
+        self._passage = passage
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states; a key-value cache grows by empty keys, so that its length is true."""
+        passage = self._passage
+        passage.in_layers = True
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if self._takes:
+            passage.result = hidden
+        if self._gives and passage.received is not None:
+            hidden = passage.received
+        for value in (*args[1:], *kwargs.values()):
+            if hasattr(value, "get_seq_length") and hasattr(value, "update"):
+                empty = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+                value.update(empty, empty, self._index)
+        return (hidden,) if self._returns_tuple else hidden
+
+
+class Elsewhere(nn.Module):
+    """Stands for a module before or after the layers that is on another stage.
+
+    Args:
+        path: of the module, for messages.
+        comes_first: it runs before the layers.
+        passage: of the stage.
+    """
+
+    def __init__(self, path: str, *, comes_first: bool, passage: Passage) -> None:
+        super().__init__()
+        self._path = path
+        self._comes_first = comes_first
+        self._passage = passage
+
+    def __getattr__(self, name: str) -> Any:
+        """What the stand-in lacks is on another rank.
+
+        Raises:
+            AttributeError: says so.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{self._path}.{name} is on another pipeline stage (mesh.pp > 1)."
+            ) from error
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Something of the right shape; it is replaced by the first layer's stand-in."""
+        passage = self._passage
+        if self._comes_first == passage.in_layers:
+            said, does = ("before", "after") if self._comes_first else ("after", "before")
+            raise ConfigError(
+                f"mesh.pp > 1 cannot cut this model: {self._path} is defined {said} the layers, "
+                f"but runs {does} them. Set mesh.pp=1."
+            )
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        if self._comes_first and passage.received is not None:
+            floating = next((each for each in given if each.is_floating_point()), None)
+            return passage.received.detach() if floating is None else floating
+        return given[0]
+
+
+class Swap(NamedTuple):
+    """What stands at a place while a stage runs."""
+
+    place: Place
+    module: nn.Module
+
+
+class Stage:
+    """One stage that this rank has.
+
+    Args:
+        index: 0 to num_stages - 1.
+        num_stages: of the pipeline.
+        swaps: what stands where while it runs.
+        modules: the model's own modules that are part of it.
+        passage: of its runs.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        num_stages: int,
+        *,
+        swaps: Sequence[Swap],
+        modules: Sequence[nn.Module],
+        passage: Passage,
+    ) -> None:
+        self.index = index
+        self.num_stages = num_stages
+        self.swaps = tuple(swaps)
+        self.modules = tuple(modules)
+        self.passage = passage
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the batch's tokens enter here."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the loss comes from here."""
+        return self.index == self.num_stages - 1
+
+    @contextmanager
+    def running(self, received: Tensor | None) -> Iterator[Passage]:
+        """Its stand-ins are in place inside."""
+        before = [(swap.place, swap.place.module) for swap in self.swaps]
+        self.passage.begin(received)
+        try:
+            for place, module in self.swaps:
+                place.parent._modules[place.key] = module
+            yield self.passage
+        finally:
+            for place, module in before:
+                place.parent._modules[place.key] = module
+
+
+class StageRunner(nn.Module):
+    """Calls the model's own forward as one of its stages.
+
+    A module of its own, so that hooks on it see the run of a stage, and none see the user's call
+    of the model, which runs a whole schedule. It holds no parameters.
+
+    Args:
+        model: the user's.
+
+    Attributes:
+        output_kind: class of what the model returns, also where that is of no use; None before it
+            has run.
+        cache: the key-value cache that the model returned last.
+    """
+
+    output_kind: type | None
+    cache: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # Not a submodule: the model's parameters are the model's.
+        self.__dict__["_model"] = model
+        self.__dict__["_forward"] = model.forward
+        self.__dict__["output_kind"] = None
+        self.__dict__["cache"] = None
+
+    def forward(self, stage: Stage, inputs: Mapping[str, Any], received: Tensor | None) -> Any:
+        """Run one stage.
+
+        Args:
+            stage: of this rank.
+            inputs: keyword arguments of the model's forward, of one microbatch; without labels but
+                on the last stage.
+            received: hidden states from the stage before.
+
+        Returns:
+            Hidden states; on the last stage what the model returns.
+        """
+        with stage.running(received) as passage:
+            output = self._forward(**inputs)
+            result = passage.finish()
+        self.__dict__["output_kind"] = type(output)
+        self.__dict__["cache"] = getattr(output, "past_key_values", None)
+        if stage.is_last:
+            return output
+        if result is None:
+            raise EngineError(
+                f"Stage {stage.index} of {type(self._model).__name__} has run without meeting its "
+                f"last layer: its forward does not go through its list of layers."
+            )
+        return result
+
+
+class SplitModel(NamedTuple):
+    """A model of which this rank keeps some stages.
+
+    Attributes:
+        stages: by index.
+        runner: calls the model as one of them.
+        removed: modules that are on other ranks, in model order.
+        undo: puts every module back.
+    """
+
+    stages: Mapping[int, Stage]
+    runner: StageRunner
+    removed: tuple[nn.Module, ...]
+    undo: Callable[[], None]
+
+
+def split_model(
+    model: nn.Module, body: Body, counts: Sequence[int], local: Sequence[int]
+) -> SplitModel:
+    """Put stand-ins where this rank's stages are not. In place.
+
+    Args:
+        model: whole.
+        body: its parts.
+        counts: layers of each stage.
+        local: the stages of this rank.
+    """
+    originals = [(place, place.module) for place in (*body.before, *body.layers, *body.after)]
+    stages = {index: _make_stage(body, counts, index) for index in local}
+    runner = StageRunner(model)
+    kept = {id(module) for stage in stages.values() for module in stage.modules}
+    for stage in stages.values():
+        for place, module in stage.swaps:
+            if id(place.module) not in kept:
+                place.parent._modules[place.key] = module
+    removed = tuple(module for _, module in originals if id(module) not in kept)
+
+    def undo() -> None:
+        for place, module in originals:
+            place.parent._modules[place.key] = module
+
+    return SplitModel(stages, runner, removed, undo)
+
+
+def _make_stage(body: Body, counts: Sequence[int], index: int) -> Stage:
+    passage = Passage()
+    first, last = sum(counts[:index]), sum(counts[: index + 1])
+    returns_tuple = _returns_tuple(body.layers[0].module)
+    is_first, is_last = index == 0, index == len(counts) - 1
+
+    def outside(places: Sequence[Place], *, here: bool, comes_first: bool) -> Iterator[Swap]:
+        for place in places:
+            stand_in = Elsewhere(place.path, comes_first=comes_first, passage=passage)
+            yield Swap(place, place.module if here else stand_in)
+
+    swaps = [*outside(body.before, here=is_first, comes_first=True)]
+    for number, place in enumerate(body.layers):
+        module = place.module
+        if not first <= number < last:
+            module = LayerElsewhere(
+                module,
+                number,
+                takes=number == last,
+                gives=number == 0,
+                returns_tuple=returns_tuple,
+                passage=passage,
+            )
+        swaps.append(Swap(place, module))
+    swaps += outside(body.after, here=is_last, comes_first=False)
+    own = [module for place, module in swaps if module is place.module]
+    return Stage(index, len(counts), swaps=swaps, modules=own, passage=passage)
+
+
+def _returns_tuple(layer: nn.Module) -> bool:
+    """Whether a layer's forward returns a tuple whose first member is the hidden states."""
+    said = inspect.signature(type(layer).forward).return_annotation
+    text = said if isinstance(said, str) else getattr(said, "__name__", str(said))
+    return "tuple" in str(text).lower()

@@ -159,8 +159,14 @@ class Slicing:
         return len(set(held)) < len(held)
 
     def sharers(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold exactly what `rank` holds, itself included, in order."""
+        """The ranks that hold exactly what `rank` holds, itself included, in order.
+
+        A rank that holds nothing shares it with nobody. Ranks that hold some of the same stretches
+        and others too are no sharers; `is_repeated` is true of them.
+        """
         mine = self.stretches[rank]
+        if not mine:
+            return (rank,)
         return tuple(other for other, held in enumerate(self.stretches) if held == mine)
 
     def counted(self, rank: int) -> tuple[Stretch, ...]:

@@ -138,6 +138,10 @@ def test_repeated_stretches_have_sharers_of_which_the_first_counts() -> None:
     assert fused.is_repeated
     assert fused.sharers(1) == (1,)
     assert fused.counted(1) == (Stretch(2, 2),)
+    # Two ranks that hold nothing do not share it.
+    few = Slicing.uneven(0, [1, 1, 0, 0])
+    assert not few.is_repeated
+    assert [few.sharers(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
     first, second = fused.cut(torch.arange(14), 0), fused.cut(torch.arange(14), 1)
     second[2:] = -1
     rest = [fused.cut(torch.arange(14), rank) for rank in (2, 3)]

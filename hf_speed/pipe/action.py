@@ -34,6 +34,9 @@ class Kind(StrEnum):
     REDUCE = "RD"
     """Reduce the stage's gradients over the data-parallel ranks."""
 
+    # Enum's own is written in Python; plans are dicts and sets of a hundred thousand actions.
+    __hash__ = str.__hash__
+
     @property
     def computes(self) -> bool:
         """Whether the action runs the model."""

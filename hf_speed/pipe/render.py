@@ -43,20 +43,21 @@ def grid(plan: Plan, costs: Costs | None = None) -> str:
     return _lines([_slots(plan, row, slot) for row in events])
 
 
-def fault(plan: Plan, message: str, *, at: tuple[int, int] | None) -> str:
+def fault(plan: Plan, message: str, *, rank: int, action: Action | None) -> str:
     """The message of an error in a plan: what is wrong, and the grid with the action marked.
 
     Args:
         plan: where it is wrong.
         message: what is wrong.
-        at: (rank, index) of the action; None where the fault is that one is missing.
+        rank: whose action is marked.
+        action: which; None where the fault is that one is missing.
     """
-    rank, index = at if at is not None else (-1, 0)
+    index = plan.rows[rank].index(action) if action is not None else 0
     first, stop = max(index - WINDOW, 0), index + WINDOW + 1
     cells = []
     for place, row in enumerate(plan.rows):
-        names = [_safe_label(plan, action) for action in row]
-        if place == rank:
+        names = [_safe_label(plan, other) for other in row]
+        if action is not None and place == rank:
             names[index] = f">{names[index]}<"
         more = ["..."] if stop < len(row) else []
         cells.append([*(["..."] if first else []), *names[first:stop], *more])

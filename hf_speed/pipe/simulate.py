@@ -200,4 +200,4 @@ def _stuck(plan: Plan, rows: list[list[Action]], events: list[list[Event]]) -> s
     elsewhere, rank, action, need = min(found)
     why = "whose rank waits as well" if elsewhere else "which comes later on the same rank"
     message = f"rank {rank} waits for ever at {action} for {need}, {why}"
-    return fault(plan, message, at=(rank, plan.rows[rank].index(action)))
+    return fault(plan, message, rank=rank, action=action)

@@ -14,7 +14,6 @@ it survives the others is reported. What `lower` makes survives all three.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from hf_speed.errors import ConfigError
@@ -72,7 +71,7 @@ def _check_places(plan: Plan) -> None:
             f"{len(plan.rows)} rows, for {plan.num_stages} stages on {plan.num_ranks} ranks. Give "
             f"every stage a rank and every rank a row."
         )
-    for rank, index, action in _indexed(plan):
+    for rank, action in plan.actions():
         if not 0 <= action.stage < plan.num_stages or plan.placement[action.stage] != rank:
             message = f"stage {action.stage} is not on rank {rank}"
         elif action.kind in (Kind.UNSHARD, Kind.RESHARD, Kind.REDUCE):
@@ -81,15 +80,15 @@ def _check_places(plan: Plan) -> None:
             message = f"microbatch {action.microbatch} is not one of {plan.num_microbatches}"
         else:
             continue
-        raise ConfigError(fault(plan, message, at=(rank, index)))
+        raise ConfigError(fault(plan, message, rank=rank, action=action))
 
 
 def _check_complete(plan: Plan) -> None:
     """Every forward once; every backward once, whole or in both parts, if there are any."""
     counts = Counter(action for _, action in plan.actions())
-    for rank, index, action in _indexed(plan):
+    for rank, action in plan.actions():
         if counts[action] > 1:
-            raise ConfigError(fault(plan, f"{action} is there twice", at=(rank, index)))
+            raise ConfigError(fault(plan, f"{action} is there twice", rank=rank, action=action))
     trains = any(action.kind.computes and action.kind is not Kind.FORWARD for action in counts)
     for stage, rank in enumerate(plan.placement):
         for microbatch in range(plan.num_microbatches):
@@ -100,10 +99,8 @@ def _check_complete(plan: Plan) -> None:
                     f"rank {rank} does {'+'.join(has) or 'nothing'} for microbatch {microbatch} on "
                     f"stage {stage}, and not F{'+B or F+I+W' if trains else ''}"
                 )
-                at = None
-                if has:
-                    at = rank, plan.rows[rank].index(Action(has[-1], stage, microbatch))
-                raise ConfigError(fault(plan, message, at=at))
+                last = Action(has[-1], stage, microbatch) if has else None
+                raise ConfigError(fault(plan, message, rank=rank, action=last))
 
 
 def _check_messages(plan: Plan) -> None:
@@ -121,10 +118,10 @@ def _check_messages(plan: Plan) -> None:
                 if place is None or (place < index) is not other.kind.receives:
                     side = "before" if other.kind.receives else "after"
                     message = f"{action} needs {other} {side} it"
-                    raise ConfigError(fault(plan, message, at=(rank, index)))
-    for rank, index, action in _indexed(plan):
+                    raise ConfigError(fault(plan, message, rank=rank, action=action))
+    for rank, action in plan.actions():
         if (action.kind.sends or action.kind.receives) and action not in expected:
-            raise ConfigError(fault(plan, f"nobody needs {action}", at=(rank, index)))
+            raise ConfigError(fault(plan, f"nobody needs {action}", rank=rank, action=action))
 
 
 def _check_overtaking(plan: Plan) -> None:
@@ -134,27 +131,25 @@ def _check_overtaking(plan: Plan) -> None:
         for send, receive in zip(sends, received[sender, receiver], strict=True):
             if receive != counterpart(send):
                 message = f"{receive} would get what {send} sends: messages overtake each other"
-                at = receiver, plan.rows[receiver].index(receive)
-                raise ConfigError(fault(plan, message, at=at))
+                raise ConfigError(fault(plan, message, rank=receiver, action=receive))
 
 
 def _check_shards(plan: Plan) -> None:
     """UNSHARD before a stage's first action, RESHARD after its last, REDUCE after its last W."""
     makes_weights = (Kind.BACKWARD, Kind.WEIGHT)
-    for rank, index, (kind, stage, _) in _indexed(plan):
-        row = plan.rows[rank]
-        if kind is Kind.UNSHARD:
-            wrong, side = [one for one in row[:index] if one.stage == stage], "before all"
-        elif kind is Kind.RESHARD:
-            wrong, side = [one for one in row[index:] if one.stage == stage], "after all"
-        elif kind is Kind.REDUCE:
-            wrong, side = [one for one in row[index:] if one.stage == stage], "after all"
-            wrong = [one for one in wrong if one.kind in makes_weights]
-        else:
-            continue
-        if any(one.kind.computes for one in wrong):
-            message = f"{kind.name} is not {side} that stage {stage} computes with it"
-            raise ConfigError(fault(plan, message, at=(rank, index)))
+    for rank, row in enumerate(plan.rows):
+        for index, action in enumerate(row):
+            if action.kind not in (Kind.UNSHARD, Kind.RESHARD, Kind.REDUCE):
+                continue
+            first = action.kind is Kind.UNSHARD
+            part = row[:index] if first else row[index:]
+            kinds = [other.kind for other in part if other.stage == action.stage]
+            if action.kind is Kind.REDUCE:
+                kinds = [kind for kind in kinds if kind in makes_weights]
+            if any(kind.computes for kind in kinds):
+                side = "before" if first else "after"
+                message = f"{action} is not {side} all that it serves"
+                raise ConfigError(fault(plan, message, rank=rank, action=action))
 
 
 def _channels(plan: Plan, *, receives: bool) -> dict[tuple[int, int], list[Action]]:
@@ -242,20 +237,14 @@ def _peak_messages(plan: Plan, limit: int | None) -> tuple[int, ...]:
     peaks = []
     for rank, row in enumerate(plan.rows):
         here = peak = 0
-        for index, action in enumerate(row):
+        for action in row:
             if action.kind.receives:
                 here += 1
                 peak = max(peak, here)
                 if limit is not None and here > limit:
                     message = f"rank {rank} has {here} messages waiting, more than {limit}"
-                    raise ConfigError(fault(plan, message, at=(rank, index)))
+                    raise ConfigError(fault(plan, message, rank=rank, action=action))
             elif action.kind.computes:
                 here -= len(plan.receives_of(action))
         peaks.append(peak)
     return tuple(peaks)
-
-
-def _indexed(plan: Plan) -> Iterator[tuple[int, int, Action]]:
-    for rank, row in enumerate(plan.rows):
-        for index, action in enumerate(row):
-            yield rank, index, action

@@ -1,0 +1,176 @@
+"""The one place where a sliced model gets hooks.
+
+model           before: do logits stay slices? after: random numbers back, stand-in for logits
+first block     before: hidden states are divided by rows        } with sequence parallelism
+each region     before: all rows for an attention or an MLP      }
+last block      after: hidden states are whole again             }
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_speed.errors import EngineError
+from hf_speed.nn.sliced.layers import LogitsSwitch
+from hf_speed.nn.sliced.loss import SlicedLogits, Words
+from hf_speed.nn.sliced.regions import Rows, SlicedRegion
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class ModelHooks:
+    """Installs them, and takes them off again.
+
+    Args:
+        model: the sliced model.
+        switch: set while the model computes a loss from slices of logits.
+        regions: told when a pass begins and ends.
+        rows: divides hidden states; None without sequence parallelism.
+        words: of this rank; None where logits are always gathered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        switch: LogitsSwitch,
+        regions: Sequence[SlicedRegion],
+        rows: Rows | None,
+        words: Words | None,
+    ) -> None:
+        self._switch = switch
+        self._regions = list(regions)
+        self._rows = rows
+        self._words = words
+        self._label_place = _place_of_labels(model)
+        self._span: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
+        ]
+
+    def enter_rows(self, entries: Sequence[tuple[nn.Module, SlicedRegion]]) -> None:
+        """Give each region all rows."""
+        for module, region in entries:
+            self._handles.append(
+                module.register_forward_pre_hook(_EnterRows(region), with_kwargs=True)
+            )
+
+    def divide_between(self, first: nn.Module, last: nn.Module) -> None:
+        """Divide hidden states before `first` and put them together after `last`."""
+        self._take_off(self._span)
+        rows = self._rows
+        if rows is not None:
+            self._span = [
+                first.register_forward_pre_hook(_SplitRows(rows), with_kwargs=True),
+                last.register_forward_hook(_JoinRows(rows)),
+            ]
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        self._take_off(self._span)
+        self._take_off(self._handles)
+
+    def _take_off(self, handles: list[RemovableHandle]) -> None:
+        while handles:
+            handles.pop().remove()
+
+    def _before_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        for region in self._regions:
+            region.forget()
+        labels = kwargs.get("labels")
+        if labels is None and self._label_place < len(args):
+            labels = args[self._label_place]
+        self._switch.local = self._words is not None and module.training and labels is not None
+        if self._rows is not None:
+            self._rows.random.forget()
+            _refuse_hidden_states(module, kwargs)
+
+    def _after_model(self, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG002
+        for region in self._regions:
+            region.random.end()
+        if self._rows is not None:
+            self._rows.random.end()
+        local, self._switch.local = self._switch.local, False
+        return self._without_slices(output, self._words) if local and self._words else output
+
+    def _without_slices(self, output: Any, words: Words) -> Any:
+        """The model's output with a stand-in for logits that are slices."""
+
+        def is_slice(value: Any) -> bool:
+            return isinstance(value, Tensor) and value.dim() > 1 and value.size(-1) == words.count
+
+        if isinstance(output, dict) and is_slice(output.get("logits")):
+            output["logits"] = SlicedLogits.of(output["logits"], words.total)
+        elif isinstance(output, tuple) and len(output) > 1 and is_slice(output[1]):
+            # (loss, logits, ...), as transformers returns with return_dict=False.
+            output = (output[0], SlicedLogits.of(output[1], words.total), *output[2:])
+        return output
+
+
+class _EnterRows:
+    def __init__(self, region: SlicedRegion) -> None:
+        self._region = region
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inputs:
+        return _with_hidden_states(module, args, kwargs, self._region.enter_rows)
+
+
+class _SplitRows:
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inputs:
+        def split(x: Tensor) -> Tensor:
+            return self._rows.split(x, training=module.training)
+
+        return _with_hidden_states(module, args, kwargs, split)
+
+
+class _JoinRows:
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG002
+        if isinstance(output, tuple):
+            return (self._rows.join(output[0]), *output[1:])
+        return self._rows.join(output)
+
+
+def _with_hidden_states(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    change: Callable[[Tensor], Tensor],
+) -> _Inputs:
+    """A module's inputs with its hidden states changed: given first, or by that name."""
+    if args and isinstance(args[0], Tensor):
+        return (change(args[0]), *args[1:]), kwargs
+    for name in ("hidden_states", *kwargs):
+        if isinstance(kwargs.get(name), Tensor):
+            return args, {**kwargs, name: change(kwargs[name])}
+    raise EngineError(
+        f"{type(module).__name__} was called without hidden states, which "
+        f"tensor.sequence_parallel divides. Set tensor.sequence_parallel: false."
+    )
+
+
+def _place_of_labels(model: nn.Module) -> int:
+    """Which positional argument of the model's forward the labels are."""
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index("labels") if "labels" in names else len(names) + 1
+
+
+def _refuse_hidden_states(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    asked = kwargs.get("output_hidden_states")
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_hidden_states", False)
+    if asked:
+        raise EngineError(
+            "output_hidden_states=True would return this rank's rows of hidden states. Set "
+            "tensor.sequence_parallel: false to get whole ones."
+        )

@@ -60,6 +60,14 @@ class Gradients(Protocol):
         """A stage's gradients are complete."""
         ...
 
+    def begin(self) -> None:
+        """Many backwards begin that count as one."""
+        ...
+
+    def end(self) -> None:
+        """They are done."""
+        ...
+
     @property
     def are_clear(self) -> bool:
         """Whether there are no gradients yet."""
@@ -166,13 +174,16 @@ class PipelineForward:
             )
         microbatches = self._cut(inputs, self._config.microbatches)
         plan = self._plan(len(microbatches), trains=True)
-        self._open = _Loss(self._factor * self._gradients.loss_scale, self._gradients.are_clear)
         seeds, after = self._seeds(len(microbatches))
+        self._gradients.begin()
+        self._open = _Loss(self._factor * self._gradients.loss_scale, self._gradients.are_clear)
         try:
             result = self._runtime.run(plan, microbatches, scale=self._open.factor, seeds=seeds)
         except BaseException:
             self._open = None
             raise
+        finally:
+            self._gradients.end()
         if after is not None:
             set_generator_state(after, self._mesh.device)
         total = torch.zeros(1, dtype=torch.float32, device=self._mesh.device)

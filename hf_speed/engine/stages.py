@@ -37,6 +37,14 @@ class StageGradients:
     def reduce(self, stage: Stage) -> None:
         """Nothing yet: by which factor they count is known at `loss.backward()`."""
 
+    def begin(self) -> None:
+        """Many backwards begin that count as one."""
+        self._parts.reducer.begin_collecting()
+
+    def end(self) -> None:
+        """They are done."""
+        self._parts.reducer.end_collecting()
+
     @property
     def are_clear(self) -> bool:
         """Whether there are no gradients yet."""

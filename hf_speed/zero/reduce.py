@@ -83,10 +83,28 @@ class Reducer:
         self._in_flight: deque[InFlight] = deque()
         self._stand_ins = GradientStandIns()
         self._reducing = True
+        self._collecting = False
         self._stepped = False
+
+    def begin_collecting(self) -> None:
+        """Start many backwards that count as one: their gradients add up here, unreduced.
+
+        Between them nobody reads or clears a gradient, so nothing is shown and nothing looked for.
+        """
+        self.begin(sync=False)
+        self._reducing = False
+        self._collecting = True
+
+    def end_collecting(self) -> None:
+        """End what `begin_collecting` has started, and show what has come."""
+        if self._collecting:
+            self._collecting = False
+            self.finish()
 
     def begin(self, *, sync: bool) -> None:
         """Start a backward. Gradients that the user has cleared since are not added to."""
+        if self._collecting:
+            return
         self._is_last = sync
         if self.watcher is not None:
             self.watcher.backward_begins()
@@ -141,6 +159,8 @@ class Reducer:
 
     def finish(self) -> None:
         """End of the backward: send what is left, wait for all, hand the pieces their gradients."""
+        if self._collecting:
+            return
         if self._reducing:
             for collection in self._collections[self._next :]:
                 self._launch(collection)

@@ -27,7 +27,7 @@ from hf_speed.integrations.transformers.slice_groups import (
     attention_or_mlp,
     block_of,
 )
-from hf_speed.integrations.transformers.slice_structure import groups_from_structure
+from hf_speed.integrations.transformers.slice_structure import groups_from_structure, norms_of_heads
 from hf_speed.nn.sliced import (
     Region,
     Rule,
@@ -94,6 +94,12 @@ class _Finder:
             self._styles = _read_styles(model, styles)
         else:
             self._styles = _Styles(groups_from_structure(model), [], set())
+        if self._from_config and not self._styles.groups:
+            raise ConfigError(
+                f"{self._name} has none of the modules that its base_model_tp_plan names "
+                f"({', '.join(list(styles)[:3])}, ...): it was changed or wrapped after it was "
+                f"made. Divide the model itself, without adapters, or set mesh.tp: 1."
+            )
         if not self._styles.groups:
             raise ConfigError(
                 f"{self._name} cannot be divided for mesh.tp > 1: its config has no "
@@ -120,13 +126,14 @@ class _Finder:
             rules.update(made.rules)
             regions.append(made.region)
         rules = {**self._words(num_ranks), **rules}
+        partial = self._styles.partial or norms_of_heads(self._model, regions)
         return SlicePlan(
             model=self._name,
             source="base_model_tp_plan" if self._from_config else "structure",
             num_ranks=num_ranks,
             rules=rules,
             regions=tuple(regions),
-            partial=tuple(self._styles.partial),
+            partial=tuple(partial),
             span=_span(self._model, regions),
         )
 
@@ -176,9 +183,9 @@ def _read_styles(model: nn.Module, styles: Mapping[str, str]) -> _Styles:
         elif style not in WHOLE:
             raise ConfigError(
                 f"{type(model).__name__} cannot be divided for mesh.tp > 1: its plan puts the "
-                f"style {style!r} on {path}, a {type(module).__name__}, and only plain linears and "
-                f"norms of heads are handled ({', '.join((*COLUMNS, *ROWS, *PARTIAL))}). Set "
-                f"mesh.tp: 1."
+                f"style {style!r} on {path}, a {type(module).__qualname__} of "
+                f"{type(module).__module__}, and only plain linears and norms of heads are handled "
+                f"({', '.join((*COLUMNS, *ROWS, *PARTIAL))}). Set mesh.tp: 1."
             )
     return _Styles(_groups(model, columns, rows), partial, whole)
 

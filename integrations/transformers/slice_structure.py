@@ -24,6 +24,7 @@ from hf_speed.integrations.transformers.slice_groups import (
     role,
 )
 from hf_speed.nn.sliced.layers import is_linear, linear_sizes
+from hf_speed.nn.sliced.plan import Region
 
 
 class _Linear(NamedTuple):
@@ -90,3 +91,20 @@ def _mlp(rest: Sequence[_Linear]) -> tuple[list[_Linear], _Linear] | None:
         return None
     # Square linears say nothing of what they are.
     return None if inner == hidden else (columns, row)
+
+
+def norms_of_heads(model: nn.Module, regions: Sequence[Region]) -> list[str]:
+    """Modules inside of an attention with a value for each feature of a head: they see its heads.
+
+    For example norms of queries and keys.
+    """
+    found: list[str] = []
+    for region in regions:
+        if region.heads is None or region.row is None:
+            continue
+        width = linear_sizes(model.get_submodule(region.row))[0] // region.heads.num_heads
+        for path, module in model.get_submodule(region.entry).named_modules():
+            shapes = {tuple(each.shape) for each in module.parameters(recurse=False)}
+            if shapes == {(width,)} and not is_linear(module):
+                found.append(f"{region.entry}.{path}")
+    return found

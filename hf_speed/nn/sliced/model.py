@@ -262,18 +262,32 @@ class SlicedModel:
         self._undo.append(undo)
 
     def _note_partial(self, blocks: Iterable[nn.Module]) -> None:
+        """Fill `partial`; `blocks` work on this rank's rows only."""
         size, rank = self._peers.size, self._peers.rank
-        everyone = tuple(range(size))
-        modules = [self._model.get_submodule(path) for path in self.plan.partial]
-        seen = {id(each) for module in (*modules, *blocks) for each in module.parameters()}
+        heads = [self._model.get_submodule(path) for path in self.plan.partial]
+        seen = _parameters(heads) | (_parameters(blocks) - self._seen_whole())
         for name, parameter in self._model.named_parameters():
             slicing = self.slicings.get(name)
             if slicing is not None:
                 sharers = slicing.sharers(rank)
             else:
-                sharers = everyone if id(parameter) in seen else (rank,)
+                sharers = tuple(range(size)) if id(parameter) in seen else (rank,)
             if len(sharers) > 1:
                 self.partial[name] = sharers
+
+    def _seen_whole(self) -> set[int]:
+        """Parameters between columns that gather and their row: they see all rows and heads."""
+        found: set[int] = set()
+        for region in self.plan.regions:
+            rules = [self.plan.rules[path] for path in region.columns]
+            if all(isinstance(rule, Column) and rule.gather for rule in rules):
+                row = [] if region.row is None else [self._model.get_submodule(region.row)]
+                found |= _parameters([self._model.get_submodule(region.entry)]) - _parameters(row)
+        return found
+
+
+def _parameters(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(each) for module in modules for each in module.parameters()}
 
 
 def span_blocks(model: nn.Module, span: Span) -> list[nn.Module]:

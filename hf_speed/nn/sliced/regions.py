@@ -112,23 +112,26 @@ class Rows:
     def join(self, x: Tensor) -> Tensor:
         """They go out again: inverse of `split`. One all-gather."""
         self.random.end()
-        whole = join_rows(x.squeeze(0), self._num_rows(x), peers=self._peers)
+        num_rows, flat = self._num_rows(x), x.view(-1, x.size(-1))
+        whole = join_rows(flat, num_rows, peers=self._peers)
         return whole.view(*self._lead, -1)
 
     def enter(self, x: Tensor, meanwhile: Meanwhile) -> Tensor:
         """A region needs all rows. One all-gather; a reduce-scatter in the backward."""
-        num_rows = self._num_rows(x)
-        whole = enter_rows(x.squeeze(0), num_rows, peers=self._peers, meanwhile=meanwhile)
-        return whole.view(*self._lead, -1)
+        num_rows, flat = self._num_rows(x), x.view(-1, x.size(-1))
+        whole = enter_rows(flat, num_rows, peers=self._peers, meanwhile=meanwhile)
+        # Some blocks flatten their batch before the MLP.
+        return whole.view(*self._lead, -1) if x.dim() > 2 else whole
 
     def leave(self, x: Tensor) -> Tensor:
         """A region ends. One reduce-scatter; an all-gather in the backward."""
-        return leave_rows(x.reshape(-1, x.size(-1)), peers=self._peers).unsqueeze(0)
+        rows = leave_rows(x.reshape(-1, x.size(-1)), peers=self._peers)
+        return rows.unsqueeze(0) if x.dim() > 2 else rows
 
     def _num_rows(self, x: Tensor) -> int:
         num_rows = prod(self._lead)
         part = rows_each(num_rows, self._peers.size)
-        if x.dim() != 3 or x.shape[:2] != (1, part):
+        if x.shape[:-1] not in ((1, part), (part,)):
             raise EngineError(
                 f"Hidden states of shape {tuple(x.shape)} are not this rank's rows of a batch of "
                 f"{self._lead}: that would be (1, {part}, features) on each of {self._peers.size} "

@@ -87,15 +87,9 @@ def assemble(
         ConfigError: the config cannot take effect on this model or world.
         MeshError: the mesh does not fit the number of processes.
     """
-    mesh = _make_mesh(config, device)
-    try:
-        equalise(model, mesh)
-        division = divide(model, config, mesh, slice_planner=slice_planner)
-        resolved = plan(model, config, compute_dtype=compute_dtype, device=device)
-        check_schedule(resolved.pipe, stage=resolved.stage)
-    except BaseException:
-        mesh.close()
-        raise
+    mesh, division, resolved = _prepare(
+        model, config, compute_dtype=compute_dtype, device=device, slice_planner=slice_planner
+    )
     pool = BufferPool(device, aligned="disk" in resolved.offload.tiers)
     tiers = MemoryTiers(resolved.offload, device=device)
     units = _build_units(model, config, resolved, mesh, tiers=tiers, division=division)
@@ -115,11 +109,7 @@ def assemble(
         reducer=reducer,
         pool=pool,
         scaler=scaler,
-        axes=StepAxes(
-            shard=mesh.axis("pp", "dp_shard", "tp") if resolved.stage else mesh.axis("pp", "tp"),
-            data=mesh.axis("dp_replicate", "dp_shard"),
-            world=mesh.world,
-        ),
+        axes=_step_axes(resolved.stage, mesh),
         journal=mesh.journal,
         device=device,
     )
@@ -128,26 +118,62 @@ def assemble(
         gatherer=gatherer,
         reducer=reducer,
         regather=resolved.regather,
-        is_syncing=callbacks.is_syncing,
-        on_forward=callbacks.on_forward,
-        on_backward_end=callbacks.on_backward_end,
         activations=tiers.activations,
+        **callbacks._asdict(),
     )
     _report(model, resolved, groups, num_units=len(units))
+    precision = precision_of(model, config, compute_dtype=resolved.compute_dtype)
     return Parts(
-        resolved,
-        mesh,
-        units,
-        groups,
-        pool,
-        gatherer,
-        reducer,
-        stepper,
-        hooks,
-        scaler,
-        tiers,
-        division,
-        precision_of(model, config, compute_dtype=resolved.compute_dtype),
+        config=resolved,
+        mesh=mesh,
+        units=units,
+        groups=groups,
+        pool=pool,
+        gatherer=gatherer,
+        reducer=reducer,
+        stepper=stepper,
+        hooks=hooks,
+        scaler=scaler,
+        tiers=tiers,
+        division=division,
+        precision=precision,
+    )
+
+
+class _Prepared(NamedTuple):
+    """What is decided before a buffer is made."""
+
+    mesh: ParallelMesh
+    division: Division
+    resolved: ResolvedConfig
+
+
+def _prepare(
+    model: nn.Module,
+    config: SpeedConfig,
+    *,
+    compute_dtype: torch.dtype | None,
+    device: torch.device,
+    slice_planner: SlicePlanner | None,
+) -> _Prepared:
+    """Lay out the ranks, take the model apart, and resolve the config for what is left here."""
+    mesh = _make_mesh(config, device)
+    try:
+        equalise(model, mesh)
+        division = divide(model, config, mesh, slice_planner=slice_planner)
+        resolved = plan(model, config, compute_dtype=compute_dtype, device=device)
+        check_schedule(resolved.pipe, stage=resolved.stage)
+    except BaseException:
+        mesh.close()
+        raise
+    return _Prepared(mesh, division, resolved)
+
+
+def _step_axes(stage: int, mesh: ParallelMesh) -> StepAxes:
+    return StepAxes(
+        shard=mesh.axis("pp", "dp_shard", "tp") if stage else mesh.axis("pp", "tp"),
+        data=mesh.axis("dp_replicate", "dp_shard"),
+        world=mesh.world,
     )
 
 

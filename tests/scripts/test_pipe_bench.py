@@ -116,11 +116,11 @@ from pipe_world import Task, worlds
 case = lambda name: Case(name, 2, 4, SCHEDULES[name], Times(0.001, 0.001, 0.001))
 with worlds([Task("sleep", 2, Sleeper)]) as started:
     slept = {
-        f"torch {name}": [a[1] for a in started["sleep"].ask("run", "torch", case(name), 2)]
-        for name in TORCH_SCHEDULES
+        f"{system} {name}": [a[1] for a in started["sleep"].ask("run", system, case(name), 2)]
+        for system, names in (("torch", TORCH_SCHEDULES), ("ours", SCHEDULES))
+        for name in names
     }
-names = [name for name in pipe_train.systems(list(SCHEDULES)) if not name.startswith("ours")]
-names = [name for name in names if name not in sys.argv[1:]]
+names = [name for name in pipe_train.systems(list(SCHEDULES)) if name not in sys.argv[1:]]
 with worlds(pipe_train.tasks(names, pipe_llama.TINY)) as started:
     trained = {name: [a[1] for a in world.ask("train", 3)] for name, world in started.items()}
 print(json.dumps({"slept": slept, "trained": trained}))
@@ -171,7 +171,7 @@ def _check_losses(ran: dict[str, Any], names: list[str]) -> None:
 
 def test_all_systems_train_the_same_model_on_the_same_tokens(ran: dict[str, Any]) -> None:
     names = [name for name in ran["trained"] if name != "deepspeed"]
-    assert len(names) == 2 + len(pipe_sleep.TORCH_SCHEDULES)
+    assert len(names) == 2 + len(pipe_sleep.TORCH_SCHEDULES) + len(pipe_sleep.SCHEDULES)
     _check_losses(ran, names)
 
 

@@ -83,6 +83,8 @@ OWNED_KEYS: Mapping[str, str] = MappingProxyType(
 
 _ALWAYS = "Remove it: hf_speed always does this."
 _PER_UNIT = "Remove it: hf_speed moves whole units; zero.units sets them."
+_SLICES = "Write mesh.tp, the number of ranks that divide each layer."
+_STAGES = "Write mesh.pp, the number of pipeline ranks."
 
 DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -121,6 +123,19 @@ DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType(
         "pipeline_read": _ALWAYS,
         "pipeline_write": _ALWAYS,
         "aio": "Remove it: hf_speed finds the fastest way to each disk itself.",
+        "tensor_parallel": _SLICES,
+        "autotp_size": _SLICES,
+        "tp_size": _SLICES,
+        "tp_overlap_comm": _ALWAYS,
+        "keep_module_on_host": "Remove it: hf_speed cuts each layer where it is.",
+        "pipeline": "Write mesh.pp, and the section pipe.",
+        "num_stages": _STAGES,
+        "stages": _STAGES,
+        "partition_method": "Write pipe.balance.",
+        "pipe_partitioned": "Remove it: hf_speed sends hidden states whole.",
+        "grad_partitioned": "Remove it: hf_speed sends hidden states whole.",
+        "sequence_parallel_size": "Remove it: attention over pieces of a sequence is not here. "
+        "tensor.sequence_parallel divides the activations between the layers over mesh.tp.",
         "wall_clock_breakdown": "Write debug.stats.",
         "comms_logger": "Write debug.journal.",
     }

@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields
 from math import prod
 from typing import Literal, NamedTuple
 
-from hf_speed.config.tree import MeshConfig, PipeConfig, Schedule, SpeedConfig, TensorConfig
+from hf_speed.config.tree import (
+    MeshConfig,
+    PipeConfig,
+    Schedule,
+    SpeedConfig,
+    TensorConfig,
+    ZeroConfig,
+)
 from hf_speed.errors import ConfigError
 
 DEFAULT_CHUNKS = 2
@@ -22,9 +29,11 @@ CHUNKS_OF: dict[Schedule, int | None] = {
     "zb_h2": 1,
     "zb_v": 2,
     "v_half": 2,
+    "v_min": 2,
     "dualpipe_v": 2,
 }
-"""Stages that a schedule puts on a rank; None: any number."""
+"""Stages that a schedule puts on a rank; None: any number. As in `pipe.schedules`, which is above
+this room."""
 
 
 class MeshSizes(NamedTuple):
@@ -102,11 +111,13 @@ def resolve_pipe(config: SpeedConfig) -> ResolvedPipe:
     """Fill in what is left open of the pipeline.
 
     Raises:
-        ConfigError: a value cannot take effect at this schedule, or without a pipeline.
+        ConfigError: a value cannot take effect at this schedule, beside a pipeline, or without one.
     """
     pipe, mesh = config.pipe, config.mesh
     if mesh.pp == 1:
         _refuse_set(pipe, "pipe", "mesh.pp", mesh)
+    else:
+        _refuse_beside_pipeline(config)
     schedule: Schedule = pipe.schedule or "zb_h1"
     fixed = CHUNKS_OF[schedule]
     if pipe.chunks is not None and fixed is not None and pipe.chunks != fixed:
@@ -132,6 +143,25 @@ def resolve_pipe(config: SpeedConfig) -> ResolvedPipe:
         balance=pipe.balance,
         gather=pipe.gather,
     )
+
+
+def _refuse_beside_pipeline(config: SpeedConfig) -> None:
+    """Refuse what a pipeline does not read."""
+    default = ZeroConfig()
+    for name in ("prefetch_units", "regather"):
+        value = getattr(config.zero, name)
+        if config.pipe.gather == "step" and value != getattr(default, name):
+            raise ConfigError(
+                f"zero.{name}={value!r} takes no effect with pipe.gather='step' (mesh.pp="
+                f"{config.mesh.pp}): the parameters of a pipeline stage are gathered once a step, "
+                f"all of them. Remove zero.{name}, or set pipe.gather='microbatch'."
+            )
+    if config.offload.step == "speculative":
+        raise ConfigError(
+            f"offload.step='speculative' takes no effect with mesh.pp={config.mesh.pp}: a pipeline "
+            f"reduces gradients once, after all its backwards, so no backward is left to update "
+            f"in. Remove offload.step, or set mesh.pp=1."
+        )
 
 
 def check_tensor(config: SpeedConfig) -> None:

@@ -108,22 +108,29 @@ class ResolvedConfig:
             ),
             *self.offload.rows(),
         ]
-        if self.stage == 3:
-            after = next(i for i, row in enumerate(rows) if row[0] == "zero.units") + 1
-            rows[after:after] = [
+        after = next(i for i, row in enumerate(rows) if row[0] == "zero.units") + 1
+        rows[after:after] = self._gather_rows()
+        return rows
+
+    def _gather_rows(self) -> list[tuple[str, str, str]]:
+        """Of how stage 3 gathers."""
+        if self.stage != 3:
+            return []
+        rows = []
+        if self.pp > 1:
+            rows.append(("pipe.gather", self.pipe.gather, "how long parameters stay gathered"))
+        if self.pp == 1 or self.pipe.gather == "microbatch":
+            rows += [
                 ("zero.prefetch_units", str(self.prefetch_units), "units gathered ahead"),
                 ("zero.regather", str(self.regather).lower(), "gather again in the backward"),
-                ("zero.generate", self.generate, "parameters during generate()"),
             ]
-        return rows
+        return [*rows, ("zero.generate", self.generate, "parameters during generate()")]
 
     def _layout_rows(self) -> list[tuple[str, str, str]]:
         """Of the axes beyond data parallelism, where there are any."""
         rows = []
         if self.pp > 1:
             rows += [("mesh.pp", str(self.pp), "pipeline ranks"), *self.pipe.rows()]
-            if self.stage == 3:
-                rows.append(("pipe.gather", self.pipe.gather, "how long parameters stay gathered"))
         if self.tp > 1:
             divided = "true" if self.sequence_parallel else "false"
             rows += [
@@ -174,18 +181,13 @@ def resolve(
         ConfigError: the axes do not multiply to the world; a value cannot take effect at this
             stage, dtype, tier or device; nothing that the config allows fits.
     """
-    sizes = check_world(config, world_size)
-    pipe = resolve_pipe(config)
-    check_tensor(config)
-    check_offload(config.offload, device_type=device_type)
-    if config.zero.stage is not None:
-        _check_effective(config.zero, config.zero.stage)
+    sizes, pipe = check_world(config, world_size), resolve_pipe(config)
+    computes = compute_dtype or param_dtype
+    _check_effective(config, computes=computes, device_type=device_type)
     choice = choose(config, needed=needed, memory=memory)
     precision = config.precision
-    computes = compute_dtype or param_dtype
     if precision.working_dtype == "own":
         compute_dtype = None
-    _check_loss_scale(precision.loss_scale, computes)
     return ResolvedConfig(
         world_size=world_size,
         pp=sizes.pp,
@@ -214,14 +216,22 @@ def resolve(
     )
 
 
-def _check_effective(zero: ZeroConfig, stage: int) -> None:
+def _check_effective(config: SpeedConfig, *, computes: torch.dtype, device_type: str) -> None:
+    """Refuse what could not take effect, section by section."""
+    check_tensor(config)
+    check_offload(config.offload, device_type=device_type)
+    _check_zero(config.zero)
+    _check_loss_scale(config.precision.loss_scale, computes)
+
+
+def _check_zero(zero: ZeroConfig) -> None:
     """Refuse what only stage 3 reads where the user set another stage."""
     default = ZeroConfig()
     for name in ("prefetch_units", "regather", "generate"):
         value = getattr(zero, name)
-        if stage != 3 and value != getattr(default, name):
+        if zero.stage not in (None, 3) and value != getattr(default, name):
             raise ConfigError(
-                f"zero.{name}={value!r} takes effect at stage 3 only, but zero.stage={stage}. "
+                f"zero.{name}={value!r} takes effect at stage 3 only, but zero.stage={zero.stage}. "
                 f"Remove zero.{name}, or set zero.stage=3."
             )
 

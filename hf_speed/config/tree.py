@@ -61,6 +61,7 @@ Schedule = Literal[
     "zb_h2",
     "zb_v",
     "v_half",
+    "v_min",
     "dualpipe_v",
 ]
 

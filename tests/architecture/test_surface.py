@@ -32,7 +32,10 @@ NAMES = [
 ]
 
 CONFIG = """
-{"mesh": {"dp_replicate": 1, "dp_shard": null},
+{"mesh": {"pp": 1, "tp": 1, "dp_replicate": 1, "dp_shard": null},
+ "pipe": {"schedule": null, "microbatches": null, "chunks": null, "balance": "parameters",
+          "gather": "step"},
+ "tensor": {"sequence_parallel": false},
  "zero": {"stage": null, "units": "auto", "prefetch_units": 1, "regather": true,
           "generate": "gathered"},
  "precision": {"working_dtype": "compute", "master_dtype": "float32", "reduce_dtype": null,

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from hf_speed.config import LossScaleConfig, OffloadConfig, SpeedConfig, ZeroConfig, load_config
+from hf_speed.config import (
+    LossScaleConfig,
+    MeshConfig,
+    OffloadConfig,
+    PipeConfig,
+    SpeedConfig,
+    ZeroConfig,
+    load_config,
+)
 from hf_speed.errors import ConfigError
 
 
@@ -15,6 +23,21 @@ from hf_speed.errors import ConfigError
         ({"mesh": {"dp_replicate": 0}}, r"mesh\.dp_replicate=0 is out of range.*1 to 65536"),
         ({"mesh": {"dp_shard": 65537}}, r"mesh\.dp_shard=65537 is out of range.*1 to 65536"),
         ({"mesh": {"dp_shard": 2.0}}, r"mesh\.dp_shard=2\.0 is of type float.*whole number"),
+        ({"mesh": {"pp": 0}}, r"mesh\.pp=0 is out of range: it goes from 1 to 65536"),
+        ({"mesh": {"pp": "auto"}}, r"mesh\.pp='auto' is of type str.*whole number"),
+        ({"mesh": {"tp": 65537}}, r"mesh\.tp=65537 is out of range: it goes from 1 to 65536"),
+        ({"pipe": {"schedule": "zbv"}}, r"pipe\.schedule='zbv' is not a choice.*'zb_v', 'v_half'"),
+        ({"pipe": {"microbatches": 0}}, r"pipe\.microbatches=0 is out of range.*1 to 65536"),
+        ({"pipe": {"chunks": 65}}, r"pipe\.chunks=65 is out of range: it goes from 1 to 64"),
+        ({"pipe": {"balance": "flops"}}, r"pipe\.balance='flops' is not.*'parameters', 'time'"),
+        ({"pipe": {"balance": []}}, r"pipe\.balance=\[\] is of type list.*or a list of counts"),
+        ({"pipe": {"balance": [2, 0]}}, r"pipe\.balance\[\]=0 is out of range: it goes from 1"),
+        ({"pipe": {"balance": 3}}, r"pipe\.balance=3 is of type int.*or a list of counts"),
+        ({"pipe": {"gather": "once"}}, r"pipe\.gather='once' is not a choice.*'microbatch'"),
+        (
+            {"tensor": {"sequence_parallel": 2}},
+            r"tensor\.sequence_parallel=2 is of type int.*true or false",
+        ),
         ({"zero": {"stage": 4}}, r"zero\.stage=4 is out of range: it goes from 0 to 3"),
         ({"zero": {"stage": -1}}, r"zero\.stage=-1 is out of range"),
         ({"zero": {"stage": True}}, r"zero\.stage=True is of type bool.*whole number from 0 to 3"),
@@ -98,14 +121,25 @@ def test_values_are_checked_without_a_file_too() -> None:
         SpeedConfig(zero={"stage": 1})  # pyrefly: ignore
     with pytest.raises(ConfigError, match=r"precision\.loss_scale\.window=0"):
         LossScaleConfig(window=0)
+    with pytest.raises(ConfigError, match=r"mesh\.tp=-1 is out of range"):
+        MeshConfig(tp=-1)
+    with pytest.raises(ConfigError, match=r"pipe='1f1b' is of type str: it must be a PipeConfig"):
+        SpeedConfig(pipe="1f1b")  # pyrefly: ignore
+    with pytest.raises(ConfigError, match=r"tensor=2 is of type int: it must be a TensorConfig"):
+        SpeedConfig(tensor=2)  # pyrefly: ignore
 
 
 def test_config_is_a_value() -> None:
     config = SpeedConfig(
         zero=ZeroConfig(stage=3, units=["Block"]),  # pyrefly: ignore
         offload=OffloadConfig(paths=["/fast"]),  # pyrefly: ignore
+        pipe=PipeConfig(balance=[2, 3]),  # pyrefly: ignore
     )
-    tree = {"zero": {"stage": 3, "units": ["Block"]}, "offload": {"paths": ["/fast"]}}
+    tree = {
+        "zero": {"stage": 3, "units": ["Block"]},
+        "offload": {"paths": ["/fast"]},
+        "pipe": {"balance": [2, 3]},
+    }
     assert config == load_config(tree)
     assert hash(config) == hash(load_config(config.to_dict()))
     with pytest.raises(AttributeError):

@@ -83,7 +83,7 @@ def verify(
     if problem is not None:
         raise ConfigError(
             f"{plan.model} cannot be divided for mesh.tp={plan.num_ranks} by the plan found from "
-            f"its {plan.source}: {problem}. Set mesh.tp: 1.\n{plan}"
+            f"its {plan.source}: {problem.partition('ConfigError: ')[2]}. Set mesh.tp: 1.\n{plan}"
         )
 
 

@@ -172,6 +172,14 @@ class PipelineForward:
                 "loss.backward() (or accelerator.backward(loss)) once for every batch, or compute "
                 "losses that are not trained on inside torch.no_grad()."
             )
+        takes_labels = "labels" in self.__signature__.parameters
+        if takes_labels and not any("label" in name for name in inputs):
+            raise ConfigError(
+                f"{type(self._model).__name__} was called in training without labels. Under a "
+                f"pipeline (mesh.pp > 1) the model computes the loss, on its last stage: give it "
+                f"labels, and leave out label smoothing and compute_loss_func. To read logits, "
+                f"call it inside torch.no_grad()."
+            )
         microbatches = self._cut(inputs, self._config.microbatches)
         plan = self._plan(len(microbatches), trains=True)
         seeds, after = self._seeds(len(microbatches))
@@ -217,6 +225,7 @@ class PipelineForward:
 
     def _evaluate(self, inputs: dict[str, Any]) -> Any:
         caches = "past_key_values" in inputs or inputs.get("use_cache")
+        self._check_cache(inputs)
         microbatches = self._cut(inputs, 1 if caches else None)
         plan = self._plan(len(microbatches), trains=False)
         outputs = self._runtime.run(plan, microbatches).outputs
@@ -232,9 +241,24 @@ class PipelineForward:
                 for each, part in zip(outputs, microbatches, strict=False)
             ]
             values["loss"] = self._share(_total(losses))
-        if self._split.runner.cache is not None and caches:
-            values["past_key_values"] = self._split.runner.cache
+        if caches:
+            values["past_key_values"] = inputs.get("past_key_values", self._split.runner.cache)
         return kind(**values)
+
+    def _check_cache(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a key-value cache that the stages of this rank cannot each follow."""
+        stages = list(self._split.stages.values())
+        cache = inputs.get("past_key_values")
+        if len(stages) == 1 or (cache is None and not inputs.get("use_cache")):
+            return
+        lengths = {} if cache is None else {s.cache_for(cache).get_seq_length() for s in stages[1:]}
+        if cache is None or lengths != {cache.get_seq_length()}:
+            raise ConfigError(
+                f"pipe.schedule={self._config.schedule!r} has {len(stages)} stages a rank, which "
+                f"need a key-value cache that they have seen from its first token on, and that "
+                f"only this model's calls have changed. Give past_key_values= an empty cache, or "
+                f"use a schedule with one stage a rank ('1f1b', 'zb_h1') or use_cache=False."
+            )
 
     def _cut(self, inputs: dict[str, Any], wanted: int | None) -> list[batches.Microbatch]:
         """The batch in microbatches, weighed by their tokens."""

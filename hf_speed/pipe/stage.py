@@ -12,10 +12,12 @@ but the hidden states.
 Where a rank has several stages, each has its own set of stand-ins, put in place while it runs.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -173,6 +175,17 @@ class Stage:
         self.swaps = tuple(swaps)
         self.modules = tuple(modules)
         self.passage = passage
+        self._caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def cache_for(self, cache: Any) -> Any:
+        """This stage's own key-value cache beside the caller's, which another stage here fills.
+
+        In one cache the layers of several stages would grow at different moments, and each stage
+        would take the others' new length for the past's.
+        """
+        if cache not in self._caches:
+            self._caches[cache] = copy.deepcopy(cache)
+        return self._caches[cache]
 
     @property
     def is_first(self) -> bool:
@@ -206,6 +219,7 @@ class StageRunner(nn.Module):
 
     Args:
         model: the user's.
+        first_index: of the first stage on this rank, which fills the caller's key-value cache.
 
     Attributes:
         output_kind: class of what the model returns, also where that is of no use; None before it
@@ -215,9 +229,11 @@ class StageRunner(nn.Module):
 
     output_kind: type | None
     cache: Any
+    _forward: Callable[..., Any]
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, first_index: int) -> None:
         super().__init__()
+        self._first_index = first_index
         # Not a submodule: the model's parameters are the model's.
         self.__dict__["_model"] = model
         self.__dict__["_forward"] = model.forward
@@ -236,6 +252,9 @@ class StageRunner(nn.Module):
         Returns:
             Hidden states; on the last stage what the model returns.
         """
+        cache = inputs.get("past_key_values")
+        if cache is not None and stage.index != self._first_index:
+            inputs = {**inputs, "past_key_values": stage.cache_for(cache)}
         with stage.running(received) as passage:
             output = self._forward(**inputs)
             result = passage.finish()
@@ -280,7 +299,7 @@ def split_model(
     """
     originals = [(place, place.module) for place in (*body.before, *body.layers, *body.after)]
     stages = {index: _make_stage(body, counts, index) for index in local}
-    runner = StageRunner(model)
+    runner = StageRunner(model, min(local))
     kept = {id(module) for stage in stages.values() for module in stage.modules}
     for stage in stages.values():
         for place, module in stage.swaps:

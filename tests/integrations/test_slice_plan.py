@@ -311,7 +311,7 @@ def _caught() -> None:
     with pytest.raises(ConfigError, match=r"the sliced model fails on .* with RuntimeError"):
         verify(bloom, plan_for(bloom, tp.size), tp=tp, journal=journal)
     residual_inside = _small("albert", embedding_size=8)
-    with pytest.raises(ConfigError, match="not this rank's rows"):
+    with pytest.raises(ConfigError, match="are not one of 2 ranks' rows"):
         verify(
             residual_inside,
             plan_for(residual_inside, tp.size),

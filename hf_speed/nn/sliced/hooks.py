@@ -58,15 +58,15 @@ class ModelHooks:
                 module.register_forward_pre_hook(_EnterRows(region), with_kwargs=True)
             )
 
-    def divide_between(self, first: nn.Module, last: nn.Module) -> None:
-        """Divide hidden states before `first` and put them together after `last`."""
+    def divide_between(self, *ends: tuple[nn.Module, nn.Module]) -> None:
+        """Divide hidden states before each first block and put them together after its last."""
         self._take_off(self._span)
-        rows = self._rows
-        if rows is not None:
-            self._span = [
-                first.register_forward_pre_hook(_SplitRows(rows), with_kwargs=True),
-                last.register_forward_hook(_JoinRows(rows)),
-            ]
+        if self._rows is None:
+            return
+        for first, last in ends:
+            split, join = _SplitRows(self._rows), _JoinRows(self._rows)
+            self._span.append(first.register_forward_pre_hook(split, with_kwargs=True))
+            self._span.append(last.register_forward_hook(join))
 
     def remove(self) -> None:
         """Take every hook off."""

@@ -105,17 +105,17 @@ class SlicedModel:
         self._hooks = ModelHooks(model, self._switch, self._regions, self._rows, words)
         if self._rows is not None and plan.span is not None:
             self._hooks.enter_rows(entries)
-            self.divide_between(
-                model.get_submodule(plan.span.first), model.get_submodule(plan.span.last)
-            )
+            first, last = plan.span
+            self.divide_between((model.get_submodule(first), model.get_submodule(last)))
 
-    def divide_between(self, first: nn.Module, last: nn.Module) -> None:
-        """With sequence parallelism: the blocks from `first` to `last` get divided hidden states.
+    def divide_between(self, *ends: tuple[nn.Module, nn.Module]) -> None:
+        """With sequence parallelism: where hidden states are divided, instead of the whole span.
 
-        A pipeline stage calls it with its own first and last block: what it is given and what it
-        gives is whole.
+        Args:
+            *ends: first and last block of each stretch of blocks. What goes into the first and what
+                comes out of the last is whole: a pipeline rank gives those of each of its stages.
         """
-        self._hooks.divide_between(first, last)
+        self._hooks.divide_between(*ends)
 
     def defer_to(self, queue: Queue | None) -> None:
         """Put the weight gradients of all sliced linears in `queue`; None computes them as before.
@@ -130,7 +130,8 @@ class SlicedModel:
         """Make the model whole again: classes, attributes, hooks, loss and values.
 
         Args:
-            whole: gives the whole values of a parameter by its name, in the shape it had.
+            whole: gives the whole values of a parameter by its name, in the shape it had; the
+                parameter takes the tensor itself.
         """
         self._hooks.remove()
         while self._undo:

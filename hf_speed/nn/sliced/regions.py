@@ -100,45 +100,46 @@ class Rows:
 
     def __init__(self, peers: Peers, scope: Iterable[nn.Module]) -> None:
         self._peers = peers
-        self._lead: tuple[int, ...] = ()
+        # By rows of a rank: a checkpoint may recompute a block after a batch of another shape.
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self.random = RankRandom(peers, scope)
 
     def split(self, x: Tensor, *, training: bool) -> Tensor:
         """Hidden states come in: whole on every rank."""
-        self._lead = tuple(x.shape[:-1])
+        shape = tuple(x.shape[:-1])
+        self._shapes[rows_each(prod(shape), self._peers.size)] = shape
         self.random.begin(x.device, training=training)
         return split_rows(x.reshape(-1, x.size(-1)), peers=self._peers).unsqueeze(0)
 
     def join(self, x: Tensor) -> Tensor:
         """They go out again: inverse of `split`. One all-gather."""
         self.random.end()
-        num_rows, flat = self._num_rows(x), x.view(-1, x.size(-1))
-        whole = join_rows(flat, num_rows, peers=self._peers)
-        return whole.view(*self._lead, -1)
+        shape, flat = self._shape_of(x), x.view(-1, x.size(-1))
+        return join_rows(flat, prod(shape), peers=self._peers).view(*shape, -1)
 
     def enter(self, x: Tensor, meanwhile: Meanwhile) -> Tensor:
         """A region needs all rows. One all-gather; a reduce-scatter in the backward."""
-        num_rows, flat = self._num_rows(x), x.view(-1, x.size(-1))
-        whole = enter_rows(flat, num_rows, peers=self._peers, meanwhile=meanwhile)
+        shape, flat = self._shape_of(x), x.view(-1, x.size(-1))
+        whole = enter_rows(flat, prod(shape), peers=self._peers, meanwhile=meanwhile)
         # Some blocks flatten their batch before the MLP.
-        return whole.view(*self._lead, -1) if x.dim() > 2 else whole
+        return whole.view(*shape, -1) if x.dim() > 2 else whole
 
     def leave(self, x: Tensor) -> Tensor:
         """A region ends. One reduce-scatter; an all-gather in the backward."""
         rows = leave_rows(x.reshape(-1, x.size(-1)), peers=self._peers)
         return rows.unsqueeze(0) if x.dim() > 2 else rows
 
-    def _num_rows(self, x: Tensor) -> int:
-        num_rows = prod(self._lead)
-        part = rows_each(num_rows, self._peers.size)
-        if x.shape[:-1] not in ((1, part), (part,)):
+    def _shape_of(self, x: Tensor) -> tuple[int, ...]:
+        """The batch and sequence of which `x` are this rank's rows."""
+        shape = self._shapes.get(x.size(-2)) if x.shape[:-2] in ((), (1,)) else None
+        if shape is None:
             raise EngineError(
-                f"Hidden states of shape {tuple(x.shape)} are not this rank's rows of a batch of "
-                f"{self._lead}: that would be (1, {part}, features) on each of {self._peers.size} "
-                f"ranks. A block was called by itself, or recomputed after a batch of another "
-                f"shape. Call the whole model, or set tensor.sequence_parallel: false."
+                f"Hidden states of shape {tuple(x.shape)} are not one of {self._peers.size} ranks' "
+                f"rows of a batch that was seen, (1, rows, features): a block was called by "
+                f"itself, or puts hidden states together in a way of its own. Call the whole "
+                f"model, or set tensor.sequence_parallel: false."
             )
-        return num_rows
+        return shape
 
 
 class SlicedRegion:

@@ -262,25 +262,29 @@ def test_weight_gradients_can_go_to_a_queue_of_a_schedule() -> None:
     run_ranks(_deferred, 2)
 
 
-def _twice() -> None:
-    """Two passes before their backwards, and one backward over both."""
+def _twice(options: dict[str, Any]) -> None:
+    """Two passes of different lengths before their backwards, and one backward over both."""
     place = world()
     model = lively(toy_model("llama", **LLAMA))
     whole = lively(toy_model("llama", **LLAMA))
-    sliced_ = sliced(model, place)
+    done = sliced(model, place, **options)
     batches = [global_batch("llama", step) for step in range(2)]
+    batches[1] = {name: value[:1, 1:] for name, value in batches[1].items()}
     for each in (whole, model):
+        if options:
+            each.gradient_checkpointing_enable({"use_reentrant": False})
         losses = [each(**batch).loss for batch in batches]
-        losses[1].backward()
-        (2 * losses[0]).backward()
+        losses[0].backward()
+        (2 * losses[1]).backward()
         sum(each(**batch).loss for batch in batches).backward()
-    gradients = joined(model, sliced_, place, lambda parameter: parameter.grad)
+    gradients = joined(model, done, place, lambda parameter: parameter.grad)
     theirs = {name: each.grad for name, each in whole.named_parameters()}
     assert_close(Result(torch.zeros(()), gradients), Result(torch.zeros(()), theirs))
 
 
-def test_passes_may_overlap_and_accumulate() -> None:
-    run_ranks(_twice, 2)
+@pytest.mark.parametrize("options", [{}, {"sequence_parallel": True}], ids=str)
+def test_passes_may_overlap_and_accumulate(options: dict[str, Any]) -> None:
+    run_ranks(_twice, 2, options)
 
 
 def _mixed() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.toys import global_batch
 from tests.nn.sliced.worlds import check, world
 from tests.support import run_ranks
 
@@ -44,6 +45,22 @@ def _every_model(options: dict[str, Any]) -> None:
             check(kind, place, overrides=overrides, **options)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def _padded() -> None:
+    """The embedding of padding learns nothing, whichever rank has it."""
+    place = world()
+    for kind in ("bert", "llama"):
+        for padding in (0, 7, 60):
+            batch = dict(global_batch(kind, 0))
+            batch["input_ids"] = batch["input_ids"].clone()
+            batch["input_ids"][:, :2] = padding
+            overrides = {"num_attention_heads": 4, "pad_token_id": padding}
+            check(kind, place, overrides=overrides, batch=batch)
+
+
+def test_padding_has_no_gradient_whichever_rank_holds_it() -> None:
+    run_ranks(_padded, 2)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -107,9 +107,16 @@ def assert_close(ours: Result, theirs: Result) -> None:
         )
 
 
-def check(kind: str, place: World, *, overrides: Mapping[str, Any], **options: Any) -> SlicedModel:
+def check(
+    kind: str,
+    place: World,
+    *,
+    overrides: Mapping[str, Any],
+    batch: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> SlicedModel:
     """A step of the sliced model is that of the whole one, on every rank."""
-    batch = global_batch(kind, 0)
+    batch = batch if batch is not None else global_batch(kind, 0)
     theirs = whole_step(lively(toy_model(kind, **overrides)), batch)
     model = lively(toy_model(kind, **overrides))
     done = sliced(model, place, **options)

@@ -10,6 +10,11 @@ With P elements in bf16, float32 masters and Adam, over N ranks, gradients accum
 plus what is in flight. Stage 1 sends its gradients on as the backward makes them, like stage 2; it
 keeps whole ones only over micro-steps that do not reduce (`accumulates`). Activations, and what
 kernels and torch take for themselves, are not counted.
+
+With layers divided over T ranks and dealt out to S pipeline ranks, P is what is left on one of
+them, about 1/(ST) of the model, and N the ranks of its data-parallel group. A pipeline reduces once
+after all its backwards, so at every stage it keeps whole sums (gP); at stage 3 its parameters are
+whole for the length of a step too (2P), unless pipe.gather is 'microbatch'.
 """
 
 from collections import Counter
@@ -23,10 +28,9 @@ from hf_speed.config import SpeedConfig, TierBytes, Tiers
 from hf_speed.config.offload import update_of
 from hf_speed.config.parallel import check_world
 from hf_speed.config.planner import ON_DEVICE
+from hf_speed.engine.flight import Buffer, Passing, most_alive
 from hf_speed.shard.layout import FlatLayout
 from hf_speed.zero.gather import FETCHES_AHEAD
-from hf_speed.zero.gradients import MAX_COMMITS
-from hf_speed.zero.reduce import MAX_IN_FLIGHT
 from hf_speed.zero.spec import GroupSpec
 
 SCALE_BYTES = 4
@@ -38,7 +42,10 @@ BLOCK_NUMEL = 256
 
 
 class GroupSize(NamedTuple):
-    """One flat buffer to be: the elements of its parameters, and bytes per element."""
+    """One flat buffer to be: the elements of its parameters, and bytes per element.
+
+    `num_sharers` pipeline or slicing ranks hold the same, and add up their gradients.
+    """
 
     numels: tuple[int, ...]
     compute: int
@@ -46,13 +53,21 @@ class GroupSize(NamedTuple):
     wire: int
     accumulate: int
     trained: bool
+    num_sharers: int = 1
 
     @classmethod
     def of(cls, spec: GroupSpec) -> Self:
         """The sizes of a group of a real model, or of one on the meta device."""
         numels = tuple(entry.parameter.numel() for entry in spec.entries)
         compute, master, wire, accumulate = (dtype.itemsize for dtype in spec.dtypes)
-        return cls(numels, compute, master, wire, accumulate, spec.trainable)
+        stages, slices, _ = spec.sharing
+        num_sharers = max(len(stages), 1) * max(len(slices), 1)
+        return cls(numels, compute, master, wire, accumulate, spec.trainable, num_sharers)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all its parameters."""
+        return sum(self.numels)
 
     @property
     def has_copy(self) -> bool:
@@ -98,11 +113,12 @@ class StateBytes(NamedTuple):
 
 
 class Estimator:
-    """Bytes of one model on one world, at any stage and tiers.
+    """Bytes of one rank of a model on one world, at any stage and tiers.
 
     Args:
         units: the groups of each unit, as `planning.group_specs` divides them; the root, which
             stays gathered from the start of the forward to the end of the backward, comes last.
+            Of what this rank has: some of the layers under mesh.pp, slices of them under mesh.tp.
         config: what the user set; its stage and tiers are left to `at`.
         world_size: number of ranks.
         num_moments: tensors that the optimizer keeps per parameter (Adam 2, momentum 1, SGD 0).
@@ -118,14 +134,15 @@ class Estimator:
         num_moments: int = 2,
         device_type: str = "cuda",
     ) -> None:
-        self._blocks = [group for unit in units[:-1] for group in unit]
+        self._blocks = [list(unit) for unit in units[:-1]]
         self._root = [group for unit in units[-1:] for group in unit]
         self._config = config
         self._num_moments = num_moments
         self._device_type = device_type
         sizes = check_world(config, world_size)
         self._replicas, self._shards = sizes.dp_replicate, sizes.dp_shard
-        self._layouts: dict[tuple[tuple[int, ...], int], FlatLayout] = {}
+        self._is_pipeline = sizes.pp > 1
+        self._layouts: dict[tuple[tuple[int, ...], int, int], FlatLayout] = {}
 
     def at(self, stage: int, tiers: Tiers = ON_DEVICE, *, accumulates: bool = False) -> StateBytes:
         """Estimate one stage.
@@ -133,14 +150,15 @@ class Estimator:
         Args:
             stage: 0 to 3.
             tiers: of optimizer, gradients and parameters.
-            accumulates: several backwards per step: stages 0 and 1 then keep whole gradients.
+            accumulates: several backwards per step: stages 0 and 1 then keep whole gradients. In a
+                pipeline there always are, and every stage does.
         """
         parameters = gradients = optimizer = 0
         # An update that may be refused writes into second buffers, a late one keeps its gradient.
         when = self._config.offload.step if tiers.optimizer != "device" else "after"
         num_buffers = 1 if when == "after" else 2
         num_gradients = 2 if when == "delayed" else 1
-        for group, _ in self._groups():
+        for group in self._groups():
             layout = self._layout(group, stage)
             kept = _parameter_bytes(group, layout, stage=stage, tiers=tiers)
             parameters += kept
@@ -190,20 +208,25 @@ class Estimator:
 
     def _layout(self, group: GroupSize, stage: int) -> FlatLayout:
         parts = self._parts(stage)
-        key = (group.numels, parts)
+        replicas = self._copies(group) // parts
+        key = (group.numels, parts, replicas)
         if key not in self._layouts:
             self._layouts[key] = FlatLayout.plan(
                 [("", (numel,)) for numel in group.numels],
                 dtype=torch.uint8,
                 parts=parts,
-                replicas=self._shards * self._replicas // parts,
+                replicas=replicas,
             )
         return self._layouts[key]
+
+    def _copies(self, group: GroupSize) -> int:
+        """Ranks between which a group's gradients are summed."""
+        return self._shards * self._replicas * group.num_sharers
 
     def _travels(self, group: GroupSize, tiers: Tiers) -> bool:
         """Whether gradients leave their parameters, as in `FlatGroup.travels`."""
         apart = group.has_copy or self._streams(tiers)
-        return apart or self._shards * self._replicas > 1
+        return apart or self._copies(group) > 1
 
     def _is_gathered(self, group: GroupSize, stage: int, tiers: Tiers) -> bool:
         """Whether whole values are here only while they compute."""
@@ -225,47 +248,91 @@ class Estimator:
     def _in_flight(self, stage: int, tiers: Tiers, *, accumulates: bool) -> int:
         """Device bytes of what passes through, in buffers that are used again for equal sizes.
 
-        Under way at once are MAX_IN_FLIGHT reductions, each sent from one buffer into another, a
-        further one that is being filled, and the units gathered ahead. Sums over micro-steps, and
-        units that are not released after the forward, go one by one as the backward passes them.
+        A pipeline first computes, with its sums and parameters here, then lets the parameters go,
+        then reduces the sums: the larger of the two counts.
         """
-        zero = self._config.zero
-        sent: Counter[_Buffer] = Counter()
-        held: Counter[_Buffer] = Counter()
-        ahead: Counter[_Buffer] = Counter()
-        gathered: Counter[_Buffer] = Counter()
-        leaving: Counter[_Buffer] = Counter()
+        sums = self._is_pipeline or (accumulates and stage < 2)
+        here = self._gathered(stage, tiers)
+        shown: Counter[Buffer] = Counter()
+        backward: list[list[Passing]] = []
+        for unit in (*self._blocks[::-1], self._root):
+            backward.append([])
+            for group in unit:
+                passing = self._passing(group, stage, tiers, sums=sums)
+                if passing.summed is not None and self._is_shown(group, tiers):
+                    shown[passing.summed] += 1
+                    passing = passing._replace(summed=None)
+                backward[-1].append(passing)
+        reducing = most_alive(backward[:-1], backward[-1], fills=not self._is_pipeline)
+        if self._is_pipeline:
+            here.update(each.summed for unit in backward for each in unit if each.summed)
+            most = shown + (here | reducing)
+        else:
+            most = here + reducing
+        num_bytes = sum(count * size.numel * size.itemsize for size, count in most.items())
+        return num_bytes + self._widened(stage, tiers)
+
+    def _passing(self, group: GroupSize, stage: int, tiers: Tiers, *, sums: bool) -> Passing:
+        """The buffers that a group's gradients pass through.
+
+        Args:
+            group: whose.
+            stage: 0 to 3.
+            tiers: of model states.
+            sums: they are summed up before, on the device whatever their tier, and reduced once.
+        """
+        layout = self._layout(group, stage)
+        keeps = self._is_gathered(group, stage, tiers) and not self._is_pipeline
+        gathered = None
+        if keeps and not self._config.zero.regather and group not in self._root:
+            gathered = Buffer(layout.padded_numel, group.compute)
+        if not (group.trained and self._travels(group, tiers)):
+            return Passing(gathered=gathered)
+        return Passing(
+            sent=Buffer(layout.padded_numel, group.wire),
+            summed=Buffer(layout.padded_numel, group.accumulate) if sums else None,
+            leaving=(
+                Buffer(layout.part_numel, group.accumulate)
+                if self._leaves(tiers.gradients)
+                else None
+            ),
+            gathered=gathered,
+        )
+
+    def _is_shown(self, group: GroupSize, tiers: Tiers) -> bool:
+        """Whether `grad` looks into the sums of a pipeline: they stay until all are reduced."""
+        shows = group.accumulate == group.master and not self._streams(tiers)
+        return self._is_pipeline and shows
+
+    def _gathered(self, stage: int, tiers: Tiers) -> Counter[Buffer]:
+        """Buffers of gathered values: those that stay, and those of a few units at a time."""
+        zero, stays, passes = self._config.zero, Counter[Buffer](), Counter[Buffer]()
+        all_stay = self._is_pipeline and (self._config.pipe.gather == "step" or not zero.regather)
+        for unit in (*self._blocks, self._root):
+            for group in unit:
+                if not self._is_gathered(group, stage, tiers):
+                    continue
+                size = Buffer(self._layout(group, stage).padded_numel, group.compute)
+                if unit is self._root or all_stay:
+                    stays[size] += 1
+                elif zero.regather:
+                    passes[size] += 1
         num_ahead = zero.prefetch_units + 1
         if zero.prefetch_units and self._leaves(tiers.parameters):
             num_ahead += FETCHES_AHEAD
-        for group, is_root in self._groups():
-            numel = self._layout(group, stage).padded_numel
-            if group.trained and self._travels(group, tiers):
-                sent[_Buffer(numel, group.wire)] += 1
-                if self._leaves(tiers.gradients):
-                    part = self._layout(group, stage).part_numel
-                    leaving[_Buffer(part, group.accumulate)] += 1
-                if accumulates and stage < 2:
-                    # On the device whatever their tier: they are reduced once, at the end.
-                    held[_Buffer(numel, group.accumulate)] += 1
-            if self._is_gathered(group, stage, tiers):
-                kind = gathered if is_root else ahead if zero.regather else held
-                kind[_Buffer(numel, group.compute)] += 1
-        total = self._widened(stage, tiers)
-        for size in sent | held | ahead | gathered | leaving:
-            count = gathered[size] + min(ahead[size], num_ahead)
-            count += _most_alive(held[size], sent[size], leaving[size])
-            total += count * size.numel * size.itemsize
-        return total
+        if self._is_pipeline:
+            # The last unit stays after a forward, and another forward may follow.
+            num_ahead += 1
+        return stays + Counter({size: min(count, num_ahead) for size, count in passes.items()})
 
     def _leaves(self, tier: str) -> bool:
         """Whether what goes to a tier is copied there, and is not made or read there."""
         return tier == "disk" or (tier == "host" and self._device_type != "cpu")
 
-    def _groups(self) -> Iterator[tuple[GroupSize, bool]]:
-        """Every group, and whether it is the root's."""
-        yield from ((group, False) for group in self._blocks)
-        yield from ((group, True) for group in self._root)
+    def _groups(self) -> Iterator[GroupSize]:
+        """Every group."""
+        for unit in (*self._blocks, self._root):
+            yield from unit
 
     def _widened(self, stage: int, tiers: Tiers) -> int:
         """Copies of 16-bit gradients in the dtype that torch's optimizer reads them in."""
@@ -274,16 +341,9 @@ class Estimator:
             return 0  # Off the device gradients are widened chunk by chunk.
         return sum(
             self._layout(group, stage).part_numel * group.master
-            for group, _ in self._groups()
+            for group in self._groups()
             if group.trained and group.accumulate < group.master
         )
-
-
-class _Buffer(NamedTuple):
-    """A size that the pool keeps buffers of."""
-
-    numel: int
-    itemsize: int
 
 
 def _parameter_bytes(group: GroupSize, layout: FlatLayout, *, stage: int, tiers: Tiers) -> int:
@@ -292,21 +352,3 @@ def _parameter_bytes(group: GroupSize, layout: FlatLayout, *, stage: int, tiers:
     on_device = tiers.parameters == tiers.optimizer == "device"
     # Gathers cast from the master where both are at hand: no part in the dtype that computes.
     return 0 if group.has_copy and on_device else layout.part_numel * group.compute
-
-
-def _most_alive(num_held: int, num_sent: int, num_leaving: int) -> int:
-    """Most buffers of one size at once, in a backward.
-
-    Args:
-        num_held: buffers that are full when it begins; one is free again with each group passed.
-        num_sent: groups whose gradients are sent from such a buffer, and arrive in another.
-        num_leaving: groups whose sum goes to its tier from such a buffer, once it has arrived.
-    """
-    under_way = min(num_sent, MAX_IN_FLIGHT + 1) + min(num_sent, MAX_IN_FLIGHT)
-    leaving = min(num_leaving, MAX_COMMITS + 1)
-    if not num_held:
-        return under_way + leaving
-    return max(
-        num_held - each + min(2 * each + 1, under_way) + min(max(each - MAX_IN_FLIGHT, 0), leaving)
-        for each in range(num_held + 1)
-    )

@@ -198,6 +198,11 @@ def test_what_only_a_stage_that_may_come_reads_is_not_refused() -> None:
     assert open_stage.pipe.gather == "microbatch"
 
 
+def test_a_step_that_is_one_late_goes_with_a_pipeline() -> None:
+    tree = {"mesh": {"pp": 2}, "offload": {"optimizer": "host", "step": "delayed"}}
+    assert _resolved(tree).offload.step == "delayed"
+
+
 def test_the_sequence_is_divided_where_asked() -> None:
     assert not _resolved({"mesh": {"tp": 2}}).sequence_parallel
     tree = {"mesh": {"tp": 2}, "tensor": {"sequence_parallel": True}}

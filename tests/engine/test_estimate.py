@@ -173,10 +173,10 @@ def _alive_and_estimated(case: Case) -> tuple[int, int]:
         sizes_of(_model(), config, compute_dtype=case.dtype), config, world_size=ranks_here()
     )
     estimate = estimator.at(case.stage, accumulates=case.num_backwards > 1)
-    return _bytes_alive(engine, optimizer), estimate.total
+    return bytes_alive(engine, optimizer), estimate.total
 
 
-def _bytes_alive(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
+def bytes_alive(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
     """Storages of parameters, gradients, optimizer state and the pool, each counted once."""
     parts = engine._parts
     tensors: list[Tensor | None] = [t for free in parts.pool._free.values() for t in free]

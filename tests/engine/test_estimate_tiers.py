@@ -69,7 +69,7 @@ def _held_and_estimated(case: Case) -> tuple[TierBytes, TierBytes]:
             for backward in range(case.num_backwards):
                 engine.sync_gradients = backward == case.num_backwards - 1
                 engine.backward(model(**share(global_batch("llama", step))).loss)
-            held = _held(engine, optimizer)
+            held = held_by(engine, optimizer)
             optimizer.step()
             optimizer.zero_grad()
         estimator = Estimator(
@@ -84,7 +84,7 @@ def _held_and_estimated(case: Case) -> tuple[TierBytes, TierBytes]:
     return held, estimate
 
 
-def _held(engine: Engine, optimizer: torch.optim.Optimizer) -> TierBytes:
+def held_by(engine: Engine, optimizer: torch.optim.Optimizer) -> TierBytes:
     """Bytes after a backward, the pool's free buffers among them: it keeps what it ever needed."""
     parts = engine.parts
     buffers: list[Tensor] = [t for free in parts.pool._free.values() for t in free]

@@ -118,7 +118,7 @@ def deferred_linear(
     # Outputs take gradients where an input does: one without elements stands in for the weight.
     tie = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
     # Cast outside of the function, so that autograd casts the gradient back.
-    return _Deferred.apply(x.to(_compute_dtype(x)), call, tie)  # type: ignore[no-any-return]
+    return _Deferred.apply(x.to(compute_dtype(x)), call, tie)  # type: ignore[no-any-return]
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
@@ -129,8 +129,8 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: boo
     return product.view(*x.shape[:-1], weight.size(-1))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would multiply `x` in; it leaves fp64 alone."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear multiplies `x` in: autocast's dtype where it is on; it leaves fp64 alone."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

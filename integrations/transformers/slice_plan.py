@@ -41,9 +41,9 @@ from hf_speed.nn.sliced import (
 from hf_speed.nn.sliced.layers import embedding_reason, is_linear, linear_sizes
 from hf_speed.nn.sliced.plan import Loss
 
-COLUMNS = {"colwise": False, "colwise_gather_output": True}
-"""Style -> the outputs are gathered."""
-ROWS = {"rowwise": False, "rowwise_split_input": True}
+COLUMNS = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
+"""Style -> the outputs are gathered. Those named _rep are of earlier versions."""
+ROWS = {"rowwise": False, "rowwise_split_input": True, "rowwise_rep": True}
 """Style -> the input arrives whole."""
 WHOLE = ("replicate",)
 PARTIAL = ("replicated_with_grad_allreduce",)
@@ -126,7 +126,9 @@ class _Finder:
             rules.update(made.rules)
             regions.append(made.region)
         rules = {**self._words(num_ranks), **rules}
-        partial = self._styles.partial or norms_of_heads(self._model, regions)
+        # Not every plan that needs it says so.
+        norms = norms_of_heads(self._model, regions)
+        partial = dict.fromkeys([*self._styles.partial, *norms])
         return SlicePlan(
             model=self._name,
             source="base_model_tp_plan" if self._from_config else "structure",

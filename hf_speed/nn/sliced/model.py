@@ -383,6 +383,9 @@ def _check_module(path: str, module: nn.Module, rule: Rule) -> None:
         plain = layers.is_linear(module)
         reason = None if plain else f"it is a {type(module).__name__}, not a plain linear"
         size = layers.linear_sizes(module)[not isinstance(rule, Row)] if plain else 0
+    data: Any = module._parameters["weight"] if reason is None else None
+    if data is not None and type(data.data) is not Tensor:
+        reason = f"its weight is a {type(data.data).__name__}, not a plain tensor"
     if reason is not None:
         raise ConfigError(
             f"{path} cannot be sliced: {reason}. Adapters and quantised layers do not go with "

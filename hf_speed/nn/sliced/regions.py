@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_speed.errors import EngineError
-from hf_speed.nn.deferred import Queue
+from hf_speed.nn.deferred import Queue, compute_dtype
 from hf_speed.nn.sliced.exchange import Peers, rows_each
 from hf_speed.nn.sliced.functions import (
     Meanwhile,
@@ -179,7 +179,9 @@ class SlicedRegion:
             return x
         if x is not self._seen or self._entered is None:
             self.random.begin(x.device, training=self._entry.training)
-            self._seen, self._entered = x, enter(x, peers=self.peers, meanwhile=self._meanwhile())
+            # Cast first: so its gradient travels in the dtype that it is computed in.
+            cast, meanwhile = x.to(compute_dtype(x)), self._meanwhile()
+            self._seen, self._entered = x, enter(cast, peers=self.peers, meanwhile=meanwhile)
         return self._entered
 
     def enter_rows(self, x: Tensor) -> Tensor:

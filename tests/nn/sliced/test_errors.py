@@ -62,6 +62,18 @@ def test_linears_that_do_more_are_refused() -> None:
         _slice(model, plan)
 
 
+class _Quantised(torch.Tensor):
+    """Values in a form of their own."""
+
+
+def test_weights_that_are_no_plain_tensors_are_refused() -> None:
+    model, plan = _llama()
+    linear = model.get_submodule(UP)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(_Quantised))
+    with pytest.raises(ConfigError, match=rf"{UP} cannot be sliced: its weight is a _Quantised"):
+        _slice(model, plan)
+
+
 def test_a_model_with_gradients_is_refused() -> None:
     model, plan = _llama()
     model.get_submodule(UP).weight.sum().backward()

@@ -1,10 +1,12 @@
 """What a sliced model is to its user: evaluated, generating, copied, put together again."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
 from hf_speed.errors import EngineError
@@ -20,6 +22,14 @@ from tests.nn.sliced.worlds import (
 from tests.support import run_ranks
 
 NUM_LAYERS = 3
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_layers": NUM_LAYERS}
 
 
@@ -196,3 +206,24 @@ def _frozen() -> None:
 
 def test_frozen_weights_get_no_gradient_and_the_others_theirs() -> None:
     run_ranks(_frozen, 2)
+
+
+def _copied() -> None:
+    """Phi-3 reads its head counts in the config; GPT-2's linears are Conv1D."""
+    place = world()
+    phi: Any = transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**SMALL, pad_token_id=0, eos_token_id=2)
+    )
+    for model in (phi, toy_model("gpt2", n_head=4)):
+        sliced(model.train(), place)
+        other = copy.deepcopy(model)
+        tokens = global_batch("llama", 0)["input_ids"]
+        losses = [each(input_ids=tokens, labels=tokens).loss for each in (model, other)]
+        assert torch.equal(*losses)
+        losses[1].backward()
+        assert all(each.grad is None for each in model.parameters())
+        assert all(each.grad is not None for each in other.parameters())
+
+
+def test_a_copy_of_a_sliced_model_is_one_too() -> None:
+    run_ranks(_copied, 2)

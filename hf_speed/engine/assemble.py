@@ -157,7 +157,7 @@ def _prepare(
     slice_planner: SlicePlanner | None,
 ) -> _Prepared:
     """Lay out the ranks, take the model apart, and resolve the config for what is left here."""
-    mesh = _make_mesh(config, device)
+    mesh = make_mesh(config, device)
     try:
         equalise(model, mesh)
         division = divide(model, config, mesh, slice_planner=slice_planner)
@@ -177,7 +177,12 @@ def _step_axes(stage: int, mesh: ParallelMesh) -> StepAxes:
     )
 
 
-def _make_mesh(config: SpeedConfig, device: torch.device) -> ParallelMesh:
+def make_mesh(config: SpeedConfig, device: torch.device) -> ParallelMesh:
+    """The mesh of a config over the processes that were started. No collective.
+
+    Raises:
+        ConfigError: its axes do not multiply to as many.
+    """
     started = dist.is_available() and dist.is_initialized()
     sizes = check_world(config, dist.get_world_size() if started else 1)
     return ParallelMesh(

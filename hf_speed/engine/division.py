@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_speed.config import ResolvedPipe, SpeedConfig
 from hf_speed.config.parallel import resolve_pipe
+from hf_speed.engine.buffers import BufferRecord, persistent_buffers
 from hf_speed.engine.catalogue import Catalogue, ParameterRecord, first_names
 from hf_speed.errors import ConfigError
 from hf_speed.mesh import ParallelMesh
@@ -48,6 +49,7 @@ class Division(NamedTuple):
         placement: stage -> pipeline rank.
         removed: parameters that are on other pipeline ranks alone.
         draws: whether a training forward draws random numbers.
+        buffers: the persistent ones of the whole model.
     """
 
     catalogue: Catalogue
@@ -57,6 +59,7 @@ class Division(NamedTuple):
     placement: tuple[int, ...]
     removed: Mapping[str, nn.Parameter]
     draws: bool
+    buffers: tuple[BufferRecord, ...]
 
     def sharing_of(self, name: str) -> Sharing:
         """Ranks that hold equal copies of a parameter, each with a share of its gradient."""
@@ -147,6 +150,7 @@ def divide(
     body = find_body(model) if mesh.sizes["pp"] > 1 else None
     counts, placement = _deal_out(model, body, pipe, mesh)
     stages = _stages_of(aliases, body, counts, placement)
+    buffers = _buffers_of(model, body, counts, placement)
     sliced = _slice(model, config, mesh, slice_planner)
     slicings = {} if sliced is None else sliced.slicings
     partial = {} if sliced is None else sliced.partial
@@ -165,7 +169,7 @@ def divide(
         split = split_model(model, body, counts, local)
     removed = {name: p for name, p in parameters.items() if not catalogue.is_here(name)}
     _release(removed)
-    return Division(catalogue, names, sliced, split, placement, removed, draws)
+    return Division(catalogue, names, sliced, split, placement, removed, draws, buffers)
 
 
 def _deal_out(
@@ -213,6 +217,20 @@ def _stages_of(
             if path in ends:
                 homes.setdefault(first, set()).add(ends[path])
     return {first: tuple(sorted(ranks)) for first, ranks in homes.items()}
+
+
+def _buffers_of(
+    model: nn.Module, body: Body | None, counts: Sequence[int], placement: Sequence[int]
+) -> tuple[BufferRecord, ...]:
+    found = dict(persistent_buffers(model))
+    stages: dict[str, tuple[int, ...]] = {}
+    if body is not None:
+        # What is in none of the parts that stages are made of stays on all.
+        stages = _stages_of({name: name for name in found}, body, counts, placement)
+    return tuple(
+        BufferRecord(name, tuple(buffer.shape), buffer.dtype, stages.get(name, ()))
+        for name, buffer in found.items()
+    )
 
 
 def _prefixes(name: str) -> Iterator[str]:

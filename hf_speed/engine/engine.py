@@ -28,6 +28,7 @@ from hf_speed.engine.link import attach_link, engine_of, remove_link
 from hf_speed.engine.parking import ParkedStates
 from hf_speed.engine.pipeline import PipelineForward
 from hf_speed.engine.report import peak_bytes
+from hf_speed.engine.rng import share_rng
 from hf_speed.engine.stages import install_pipeline
 from hf_speed.engine.state import load_engine, save_engine
 from hf_speed.errors import EngineError
@@ -136,8 +137,13 @@ class Engine:
         wrap_zero_grad(self.model, pieces)
         self._link = attach_link(self.model, self)
         self._generating = (
-            wrap_generate(self.model, self.gathered, self.config.generate)
-            if self.is_sharded
+            wrap_generate(
+                self.model,
+                self.gathered,
+                self.config.generate if self.is_sharded else "resident",
+                share_rng=lambda: share_rng(self.mesh),
+            )
+            if self.is_sharded or self._parts.division.is_divided
             else []
         )
 

@@ -1,9 +1,12 @@
-"""`generate()` of a model whose parameters are spread over the ranks.
+"""`generate()` of a model whose parameters, or layers, are spread over the ranks.
 
 Ranks stop at different lengths, so gathering unit by unit at every token would leave the longest
 one waiting for the others for ever. By default every unit is gathered once, on entry; from then on
 each rank decodes on its own. `zero.generate: streamed` gathers at every token instead and keeps
 finished ranks taking part (`synced_gpus`), for models that do not fit a rank whole.
+
+Ranks that see one batch, along the pipeline or with slices of the layers, choose each token by
+themselves, from the same logits. They start with one random state, so that sampled ones agree.
 """
 
 from collections.abc import Callable
@@ -21,15 +24,20 @@ class ShardedGenerate:
         self,
         module: nn.Module,
         gathered: Callable[[], AbstractContextManager[None]],
-        mode: Literal["gathered", "streamed"],
+        mode: Literal["gathered", "streamed", "resident"],
+        share_rng: Callable[[], None],
     ) -> None:
         self._module = module
         self._gathered = gathered
         self._mode = mode
+        self._share_rng = share_rng
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own generate. Collective: every rank calls it."""
         generate = self._class_method()
+        self._share_rng()
+        if self._mode == "resident":
+            return generate(self._module, *args, **kwargs)
         if self._mode == "streamed":
             kwargs.setdefault("synced_gpus", True)
             return generate(self._module, *args, **kwargs)
@@ -49,12 +57,21 @@ class ShardedGenerate:
 def wrap_generate(
     model: nn.Module,
     gathered: Callable[[], AbstractContextManager[None]],
-    mode: Literal["gathered", "streamed"],
+    mode: Literal["gathered", "streamed", "resident"],
+    *,
+    share_rng: Callable[[], None],
 ) -> list[nn.Module]:
-    """Put a ShardedGenerate on every module that has a `generate`; returns those modules."""
+    """Put a ShardedGenerate on every module that has a `generate`; returns those modules.
+
+    Args:
+        model: of an engine.
+        gathered: holds whole parameters.
+        mode: zero.generate; "resident" where parameters are never away.
+        share_rng: gives ranks that see one batch one random state. Collective over them.
+    """
     wrapped = [m for m in model.modules() if callable(getattr(type(m), "generate", None))]
     for module in wrapped:
-        module.__dict__["generate"] = ShardedGenerate(module, gathered, mode)
+        module.__dict__["generate"] = ShardedGenerate(module, gathered, mode, share_rng)
     return wrapped
 
 

@@ -5,15 +5,18 @@ that of the data-parallel rank of its index. All ranks that see one batch then g
 dropout that they repeat agrees.
 """
 
+import random
 from collections.abc import Mapping
 from math import prod
 
+import numpy as np
 import torch
 
 from hf_speed.checkpoint.reader import StateReader
 from hf_speed.logs import get_logger
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.axes import AXES, Axis
+from hf_speed.mesh.collectives import broadcast_object
 from hf_speed.mesh.topology import rank_of
 
 MESH = "mesh"
@@ -31,6 +34,24 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         states["cuda_rng"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def share_rng(mesh: ParallelMesh) -> None:
+    """Give the ranks that see one batch the random states of the first of them. Collective.
+
+    Python's and numpy's too, which data pipelines draw from. Dropout that these ranks repeat,
+    tokens that they sample and rows that they shuffle then agree.
+    """
+    group = mesh.axis("pp", "tp")
+    if group.is_identity:
+        return
+    # The global generator is what data pipelines draw from.
+    numpy = np.random.get_state()  # noqa: NPY002
+    mine = (random.getstate(), numpy, rng_state(mesh.device))
+    python, numpy, states = broadcast_object(mine, group=group, device=mesh.device)
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    _set_states(states, mesh)
 
 
 def load_rng(mesh: ParallelMesh, reader: StateReader) -> None:
@@ -52,10 +73,14 @@ def load_rng(mesh: ParallelMesh, reader: StateReader) -> None:
             num_here,
             num_there,
         )
-    if "cpu_rng" in local:
-        torch.set_rng_state(local["cpu_rng"])
-    if "cuda_rng" in local and mesh.device.type == "cuda":
-        torch.cuda.set_rng_state(local["cuda_rng"], mesh.device)
+    _set_states(local, mesh)
+
+
+def _set_states(states: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> None:
+    if "cpu_rng" in states:
+        torch.set_rng_state(states["cpu_rng"])
+    if "cuda_rng" in states and mesh.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda_rng"], mesh.device)
 
 
 def _source(mesh: ParallelMesh, there: Mapping[Axis, int]) -> int | None:

@@ -258,6 +258,21 @@ def broadcast_flat(value: Tensor, *, group: AxisGroup, journal: Journal, source:
     return value
 
 
+def broadcast_object(value: Any, *, group: AxisGroup, device: torch.device) -> Any:
+    """What the first rank of the group has, on all: anything that can be pickled. Blocks.
+
+    Two broadcasts. For what is small and rare.
+    """
+    if group.is_identity:
+        return value
+    box = [value]
+    guard(
+        f"broadcast of an object over {group.label}",
+        lambda: dist.broadcast_object_list(box, group=group.group, group_src=0, device=device),
+    )
+    return box[0]
+
+
 def agree(error: BaseException | None, *, group: AxisGroup) -> str | None:
     """Let every rank know whether any failed: the first failure's text, or None.
 

@@ -35,6 +35,8 @@ class Task(NamedTuple):
     """rank -> an object whose methods are the commands that the rank obeys."""
     threads: int = 1
     """Compute threads of each process."""
+    urgent: bool = False
+    """Whether ranks run before everything else on the machine; needs the right to."""
 
 
 def _environment(ranks: int, rank: int) -> None:
@@ -58,6 +60,9 @@ def _child(task: Task, rank: int, store: str, log: str, pipe: Connection) -> Non
     os.dup2(handle, 2)
     try:
         torch.set_num_threads(task.threads)
+        if task.urgent:
+            # Threads that are started later inherit it.
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         if task.ranks > 1:
             _environment(task.ranks, rank)
             torch.distributed.init_process_group(

@@ -256,7 +256,7 @@ def _build_units(
                 tiers=tiers,
                 released=released,
             )
-            for spec in group_specs(each, precision, division.sharing_of)
+            for spec in group_specs(each, precision, division.catalogue.sharing_of)
         ]
         # A pipeline's forwards go through its runner; the model's own call runs many of them.
         through = division.split.runner if each.is_root and division.split else each.module

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_speed.shard.slicing import Slicing
+from hf_speed.zero.spec import Sharing
 
 
 class ParameterRecord(NamedTuple):
@@ -81,6 +82,19 @@ class Catalogue:
             return False
         first = 0 if record.slicing is None else record.slicing.sharers(self.tp_rank)[0]
         return first == self.tp_rank
+
+    def sharing_of(self, name: str) -> Sharing:
+        """Ranks that hold equal copies of a parameter, each with a share of its gradient."""
+        record = self.record(name)
+        slices = record.partial
+        if record.partial and record.slicing is not None:
+            slices = record.slicing.sharers(self.tp_rank)
+        return Sharing(
+            stages=record.stages if len(record.stages) > 1 else (),
+            slices=slices if len(slices) > 1 else (),
+            is_repeated=record.slicing is None,
+            is_counted=self.is_counted(name),
+        )
 
 
 def first_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:

@@ -18,6 +18,7 @@ from hf_speed.engine.catalogue import Catalogue, ParameterRecord, first_names
 from hf_speed.errors import ConfigError
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.collectives import broadcast_flat
+from hf_speed.nn.deferred import Queue
 from hf_speed.pipe.body import Body, find_body
 from hf_speed.pipe.measure import measure_costs
 from hf_speed.pipe.partition import partition
@@ -25,7 +26,6 @@ from hf_speed.pipe.schedules import make_plan
 from hf_speed.pipe.stage import SplitModel, split_model
 from hf_speed.pipe.weights import needs_generator
 from hf_speed.zero.parameter import ShardedParameter, hide, placeholder_of, publish, released_class
-from hf_speed.zero.spec import Sharing
 
 if TYPE_CHECKING:
     from hf_speed.nn.sliced import SlicedModel, SlicePlan
@@ -61,20 +61,6 @@ class Division(NamedTuple):
     draws: bool
     buffers: tuple[BufferRecord, ...]
 
-    def sharing_of(self, name: str) -> Sharing:
-        """Ranks that hold equal copies of a parameter, each with a share of its gradient."""
-        record = self.catalogue.record(name)
-        is_counted = self.catalogue.is_counted(name)
-        return Sharing(_several(record.stages), _several(self._sharers(record)), is_counted)
-
-    def _sharers(self, record: ParameterRecord) -> tuple[int, ...]:
-        """Places along `tp` that share this rank's copy and sum its gradient."""
-        if not record.partial:
-            return ()
-        if record.slicing is None:
-            return record.partial
-        return record.slicing.sharers(self.catalogue.tp_rank)
-
     def all_sharings(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(stages, places along `tp`) of every shared parameter on any rank, in a fixed order."""
         found = set()
@@ -108,6 +94,11 @@ class Division(NamedTuple):
             return local.view(-1)[start : start + numel]
 
         return read_local
+
+    def defer_to(self, queue: Queue | None) -> None:
+        """Where weight gradients of sliced linears go; the others ask a switch."""
+        if self.sliced is not None:
+            self.sliced.defer_to(queue)
 
     def undo(self, whole: Callable[[str], Tensor]) -> None:
         """Make the whole model again, in place.
@@ -167,6 +158,8 @@ def divide(
     if body is not None:
         local = [stage for stage, rank in enumerate(placement) if rank == catalogue.pp_rank]
         split = split_model(model, body, counts, local)
+        if sliced is not None and config.tensor.sequence_parallel:
+            sliced.divide_between(*(stage.layer_ends for stage in split.stages.values()))
     removed = {name: p for name, p in parameters.items() if not catalogue.is_here(name)}
     _release(removed)
     return Division(catalogue, names, sliced, split, placement, removed, draws, buffers)

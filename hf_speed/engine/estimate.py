@@ -60,8 +60,7 @@ class GroupSize(NamedTuple):
         """The sizes of a group of a real model, or of one on the meta device."""
         numels = tuple(entry.parameter.numel() for entry in spec.entries)
         compute, master, wire, accumulate = (dtype.itemsize for dtype in spec.dtypes)
-        stages, slices, _ = spec.sharing
-        num_sharers = max(len(stages), 1) * max(len(slices), 1)
+        num_sharers = max(len(spec.sharing.stages), 1) * max(len(spec.sharing.slices), 1)
         return cls(numels, compute, master, wire, accumulate, spec.trainable, num_sharers)
 
     @property
@@ -159,7 +158,7 @@ class Estimator:
         num_buffers = 1 if when == "after" else 2
         num_gradients = 2 if when == "delayed" else 1
         for group in self._groups():
-            layout = self._layout(group, stage)
+            layout = self.layout(group, stage)
             kept = _parameter_bytes(group, layout, stage=stage, tiers=tiers)
             parameters += kept
             if group.trained:
@@ -206,9 +205,10 @@ class Estimator:
     def _parts(self, stage: int) -> int:
         return self._shards if stage else 1
 
-    def _layout(self, group: GroupSize, stage: int) -> FlatLayout:
+    def layout(self, group: GroupSize, stage: int) -> FlatLayout:
+        """The flat buffer of a group at a stage."""
         parts = self._parts(stage)
-        replicas = self._copies(group) // parts
+        replicas = self.copies(group) // parts
         key = (group.numels, parts, replicas)
         if key not in self._layouts:
             self._layouts[key] = FlatLayout.plan(
@@ -219,14 +219,14 @@ class Estimator:
             )
         return self._layouts[key]
 
-    def _copies(self, group: GroupSize) -> int:
+    def copies(self, group: GroupSize) -> int:
         """Ranks between which a group's gradients are summed."""
         return self._shards * self._replicas * group.num_sharers
 
     def _travels(self, group: GroupSize, tiers: Tiers) -> bool:
         """Whether gradients leave their parameters, as in `FlatGroup.travels`."""
         apart = group.has_copy or self._streams(tiers)
-        return apart or self._copies(group) > 1
+        return apart or self.copies(group) > 1
 
     def _is_gathered(self, group: GroupSize, stage: int, tiers: Tiers) -> bool:
         """Whether whole values are here only while they compute."""
@@ -281,7 +281,7 @@ class Estimator:
             tiers: of model states.
             sums: they are summed up before, on the device whatever their tier, and reduced once.
         """
-        layout = self._layout(group, stage)
+        layout = self.layout(group, stage)
         keeps = self._is_gathered(group, stage, tiers) and not self._is_pipeline
         gathered = None
         if keeps and not self._config.zero.regather and group not in self._root:
@@ -312,7 +312,7 @@ class Estimator:
             for group in unit:
                 if not self._is_gathered(group, stage, tiers):
                     continue
-                size = Buffer(self._layout(group, stage).padded_numel, group.compute)
+                size = Buffer(self.layout(group, stage).padded_numel, group.compute)
                 if unit is self._root or all_stay:
                     stays[size] += 1
                 elif zero.regather:
@@ -340,7 +340,7 @@ class Estimator:
         if tiers.optimizer != "device" or reads_any_dtype:
             return 0  # Off the device gradients are widened chunk by chunk.
         return sum(
-            self._layout(group, stage).part_numel * group.master
+            self.layout(group, stage).part_numel * group.master
             for group in self._groups()
             if group.trained and group.accumulate < group.master
         )

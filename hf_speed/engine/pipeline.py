@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_speed.config import ResolvedPipe
+from hf_speed.engine.division import Division
 from hf_speed.errors import ConfigError, EngineError
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.collectives import broadcast_flat
@@ -28,12 +29,11 @@ from hf_speed.pipe.p2p import Links
 from hf_speed.pipe.plan import Plan
 from hf_speed.pipe.runtime import Runtime
 from hf_speed.pipe.schedules import make_plan
-from hf_speed.pipe.stage import SplitModel, Stage
+from hf_speed.pipe.stage import Stage
 from hf_speed.pipe.validate import validate
 from hf_speed.pipe.weights import (
     Switch,
     generator_state,
-    needs_generator,
     set_generator_state,
     unwrap_linears,
     wrap_linears,
@@ -92,42 +92,45 @@ class PipelineForward:
 
     Args:
         model: of which this rank keeps some stages.
-        split: those stages.
+        division: how it was taken apart.
         config: of the pipeline.
         mesh: of the run.
-        placement: stage -> pipeline rank.
         gradients: of the sharding engine.
         gathers: whether parameters are gathered for a step (stage 3).
+
+    Raises:
+        EngineError: the model was not dealt out to stages.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        split: SplitModel,
+        division: Division,
         *,
         config: ResolvedPipe,
         mesh: ParallelMesh,
-        placement: Sequence[int],
         gradients: Gradients,
         gathers: bool,
-        draws: bool,
     ) -> None:
+        split = division.split
+        if split is None:
+            raise EngineError(f"This {type(model).__name__} was not dealt out to pipeline stages.")
         self._model = model
         self._split = split
         self._config = config
         self._mesh = mesh
-        self._placement = tuple(placement)
+        self._placement = division.placement
         self._gradients = gradients
         self._shard = config.gather if gathers else None
-        self._draws = draws
-        self._switch = Switch()
+        self._draws = division.draws
+        self._switch = Switch(division.defer_to)
         modules = [module for stage in split.stages.values() for module in stage.modules]
         self._linears = wrap_linears(modules, self._switch) if config.schedule in _SPLIT else []
         self._runtime = Runtime(
             rank=mesh.coordinates["pp"],
             stages=split.stages,
             runner=split.runner,
-            links=Links(mesh, placement),
+            links=Links(mesh, division.placement),
             switch=self._switch,
             shards=gradients,
             device=mesh.device,
@@ -395,6 +398,3 @@ def check_schedule(config: ResolvedPipe, *, stage: int) -> None:
             f"pipe.gather='step', or a schedule that does not split the backward: 'gpipe', '1f1b', "
             f"'interleaved', 'looped_bfs'."
         )
-
-
-__all__ = ["Gradients", "PipelineForward", "check_schedule", "needs_generator"]

@@ -9,7 +9,6 @@ name. So what is counted is what `division` does, without ranks and without memo
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from hf_speed.engine.planning import group_specs, precision_of
 from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.journal import Journal
 from hf_speed.pipe.body import find_body
-from hf_speed.zero.spec import Sharing
 from hf_speed.zero.units import plan_units
 
 if TYPE_CHECKING:
@@ -40,13 +38,21 @@ class Share(NamedTuple):
     Attributes:
         pp_rank: the place along `pp`.
         num_layers: of each of its stages.
-        num_regions: attentions and MLPs whose matrices are divided over `tp`.
+        num_sums: how often hidden states are summed over `tp`, for each token: at the exits of
+            attentions and MLPs in the forward, at their entries in the backward, ...
+        num_repeated_sums: those that recomputing blocks repeats: all of the forward but the last
+            one of each block, on which no gradient depends. A gather of rows is half a sum.
+        has_sliced_loss: the loss is computed from divided words.
+        gathered_words: of a rank, where logits are gathered for the loss; else 0.
         units: the groups of each unit, root last.
     """
 
     pp_rank: int
     num_layers: tuple[int, ...]
-    num_regions: int
+    num_sums: int
+    num_repeated_sums: float
+    has_sliced_loss: bool
+    gathered_words: int
     units: Units
 
     @property
@@ -106,7 +112,7 @@ def shares_of(
     homes = homes_of(aliases, ranks)
     shapes = {names[id(each)]: tuple(each.shape) for each in model.parameters()}
     precision = precision_of(model, config, compute_dtype=compute_dtype)
-    regions = _regions_of(slice_plan, ranks)
+    sums = _Sums(slice_plan, ranks, divides_rows=config.tensor.sequence_parallel)
     found = []
     with _sliced(model, config, slice_plan, tp_rank=tp_rank) as sliced:
         records = list(_records(model, shapes, homes, sliced))
@@ -116,24 +122,14 @@ def shares_of(
                 plan._replace(entries=tuple(e for e in plan.entries if catalogue.is_here(e.name)))
                 for plan in plans
             ]
-            sharing_of = partial(_sharing_of, catalogue)
             units = [
-                [GroupSize.of(spec) for spec in group_specs(plan, precision, sharing_of)]
+                [GroupSize.of(spec) for spec in group_specs(plan, precision, catalogue.sharing_of)]
                 for plan in here
                 if plan.entries or plan.is_root
             ]
-            found.append(Share(rank, dealing.layers_of(rank), regions[rank], units))
+            layers = dealing.layers_of(rank)
+            found.append(Share(rank, layers, *sums.of(rank, layers), units))
     return Shares(dealing, tuple(found))
-
-
-def _sharing_of(catalogue: Catalogue, name: str) -> Sharing:
-    """Ranks that hold equal copies of a parameter, as `Division.sharing_of` has them."""
-    record = catalogue.record(name)
-    slices = record.partial
-    if slices and record.slicing is not None:
-        slices = record.slicing.sharers(catalogue.tp_rank)
-    several = [ranks if len(ranks) > 1 else () for ranks in (record.stages, slices)]
-    return Sharing(*several, is_counted=catalogue.is_counted(name))
 
 
 def _records(
@@ -156,13 +152,56 @@ def _records(
         )
 
 
-def _regions_of(plan: "SlicePlan | None", ranks: Mapping[str, int]) -> Counter[int]:
-    """Pipeline rank -> its attentions and MLPs that are divided."""
-    found: Counter[int] = Counter()
-    for region in plan.regions if plan is not None else ():
-        place = next((ranks[path] for path in prefixes(region.entry) if path in ranks), 0)
-        found[place] += 1
-    return found
+class _Sums:
+    """What a slice plan has on each pipeline rank that exchanges over `tp`.
+
+    Args:
+        plan: how layers are divided, if they are.
+        ranks: path of a module -> its pipeline rank.
+        divides_rows: hidden states are divided between regions.
+    """
+
+    def __init__(
+        self, plan: "SlicePlan | None", ranks: Mapping[str, int], *, divides_rows: bool
+    ) -> None:
+        self._divides_rows = divides_rows
+        self._regions: Counter[int] = Counter()
+        self._words: Counter[int] = Counter()
+        self._losses: Counter[int] = Counter()
+        self._gathered: Counter[int] = Counter()
+        if plan is None:
+            return
+        from hf_speed.nn.sliced import VocabEmbedding, VocabHead
+
+        for region in plan.regions:
+            self._regions[_rank_of(region.entry, ranks)] += 1
+        for path, rule in plan.rules.items():
+            rank = _rank_of(path, ranks)
+            if isinstance(rule, (VocabEmbedding, VocabHead)):
+                self._words[rank] += 1
+            if isinstance(rule, VocabHead) and rule.loss is not None:
+                self._losses[rank] += 1
+            elif isinstance(rule, VocabHead):
+                self._gathered[rank] = max(
+                    rule.slicing.local_size(place) for place in range(plan.num_ranks)
+                )
+
+    def of(self, rank: int, layers: tuple[int, ...]) -> tuple[int, float, bool, int]:
+        """The fields of a Share: sums, repeated sums, sliced loss, gathered words."""
+        regions = self._regions[rank]
+        # An attention or MLP sums twice, an embedding in the forward, a head in the backward.
+        # Divided rows come together at both ends of a stage.
+        num_sums = 2 * regions + self._words[rank] + (len(layers) if self._divides_rows else 0)
+        repeated = 0.0
+        if regions:
+            left = regions - sum(layers)
+            repeated = (regions + left) / 2 if self._divides_rows else left
+        return num_sums, repeated, self._losses[rank] > 0, self._gathered[rank]
+
+
+def _rank_of(path: str, ranks: Mapping[str, int]) -> int:
+    """The pipeline rank that has a module."""
+    return next((ranks[each] for each in prefixes(path) if each in ranks), 0)
 
 
 @contextmanager

@@ -80,18 +80,15 @@ class StageGradients:
 def install_pipeline(engine: "Engine") -> PipelineForward | None:
     """Let calls of an engine's model run its pipeline; None where there is none."""
     parts = engine.parts
-    split = parts.division.split
-    if split is None:
+    if parts.division.split is None:
         return None
     forward = PipelineForward(
         engine.model,
-        split,
+        parts.division,
         config=parts.config.pipe,
         mesh=parts.mesh,
-        placement=parts.division.placement,
         gradients=StageGradients(engine),
         gathers=any(group.is_sharded for group in parts.groups),
-        draws=parts.division.draws,
     )
     engine.model.__dict__["forward"] = forward
     return forward

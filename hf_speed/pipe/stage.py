@@ -158,6 +158,7 @@ class Stage:
         num_stages: of the pipeline.
         swaps: what stands where while it runs.
         modules: the model's own modules that are part of it.
+        layer_ends: its first and its last layer.
         passage: of its runs.
     """
 
@@ -168,12 +169,14 @@ class Stage:
         *,
         swaps: Sequence[Swap],
         modules: Sequence[nn.Module],
+        layer_ends: tuple[nn.Module, nn.Module],
         passage: Passage,
     ) -> None:
         self.index = index
         self.num_stages = num_stages
         self.swaps = tuple(swaps)
         self.modules = tuple(modules)
+        self.layer_ends = layer_ends
         self.passage = passage
         self._caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -229,6 +232,7 @@ class StageRunner(nn.Module):
 
     output_kind: type | None
     cache: Any
+    _model: nn.Module
     _forward: Callable[..., Any]
 
     def __init__(self, model: nn.Module, first_index: int) -> None:
@@ -255,8 +259,8 @@ class StageRunner(nn.Module):
         cache = inputs.get("past_key_values")
         if cache is not None and stage.index != self._first_index:
             inputs = {**inputs, "past_key_values": stage.cache_for(cache)}
-        with stage.running(received) as passage:
-            output = self._forward(**inputs)
+        with stage.running(received) as passage, self._own_forward():
+            output = self._model(**inputs)
             result = passage.finish()
         self.__dict__["output_kind"] = type(output)
         self.__dict__["cache"] = getattr(output, "past_key_values", None)
@@ -268,6 +272,23 @@ class StageRunner(nn.Module):
                 f"last layer: its forward does not go through its list of layers."
             )
         return result
+
+    @contextmanager
+    def _own_forward(self) -> Iterator[None]:
+        """The model's own forward is in place inside, not the one that runs a schedule.
+
+        It is called as a module, so that what was hooked to it runs once for every stage.
+        """
+        attributes = self._model.__dict__
+        had, outer = "forward" in attributes, attributes.get("forward")
+        attributes["forward"] = self._forward
+        try:
+            yield
+        finally:
+            if had:
+                attributes["forward"] = outer
+            else:
+                del attributes["forward"]
 
 
 class SplitModel(NamedTuple):
@@ -340,7 +361,8 @@ def _make_stage(body: Body, counts: Sequence[int], index: int) -> Stage:
         swaps.append(Swap(place, module))
     swaps += outside(body.after, here=is_last, comes_first=False)
     own = [module for place, module in swaps if module is place.module]
-    return Stage(index, len(counts), swaps=swaps, modules=own, passage=passage)
+    ends = (body.layers[first].module, body.layers[last - 1].module)
+    return Stage(index, len(counts), swaps=swaps, modules=own, layer_ends=ends, passage=passage)
 
 
 def _returns_tuple(layer: nn.Module) -> bool:

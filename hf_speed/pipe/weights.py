@@ -7,7 +7,7 @@ backward, in which a checkpoint may run the forward a second time.
 Source: zero bubble pipelines, arXiv:2401.10241, section 2.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -19,19 +19,30 @@ from hf_speed.nn.deferred import Queue, deferred_linear
 
 
 class Switch:
-    """Where weight gradients go now; None: nowhere, they are computed at once."""
+    """Where weight gradients go now; None: nowhere, they are computed at once.
 
-    def __init__(self) -> None:
+    Args:
+        follow: told of every change: for linears that do not ask.
+    """
+
+    def __init__(self, follow: Callable[[Queue | None], None] = lambda _: None) -> None:
         self.queue: Queue | None = None
+        self._follow = follow
 
     @contextmanager
     def to(self, queue: Queue | None) -> Iterator[None]:
         """They go to `queue` inside."""
-        before, self.queue = self.queue, queue
+        before = self.queue
+        self._set(queue)
         try:
             yield
         finally:
-            self.queue = before
+            self._set(before)
+
+    def _set(self, queue: Queue | None) -> None:
+        if queue is not self.queue:
+            self.queue = queue
+            self._follow(queue)
 
 
 class WaitingForward:

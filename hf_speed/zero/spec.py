@@ -41,11 +41,14 @@ class Sharing(NamedTuple):
     Attributes:
         stages: pipeline ranks that hold a tied weight; none for others.
         slices: places along `tp` whose gradients are shares; none where each has all of it.
-        is_counted: whether this rank's copy counts, in norms and saves, among equal ones.
+        is_repeated: every place along `tp` has all of it.
+        is_counted: whether this rank's copy counts, in norms and saves, among equal ones. It
+            follows from the others and from the rank, so that all ranks have like groups.
     """
 
     stages: tuple[int, ...] = ()
     slices: tuple[int, ...] = ()
+    is_repeated: bool = False
     is_counted: bool = True
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hf_speed.engine import Engine
 from tests.engine.toys import (
     Batch,
+    OptimizerMaker,
     adamw,
     global_batch,
     plain_parameters,
@@ -42,10 +43,15 @@ def batches(kind: str, num_steps: int) -> list[Batch]:
 
 
 def train_in_microbatches(
-    model: nn.Module, steps: Sequence[Batch], *, count: int = NUM_MICROBATCHES, clip: float = 1e9
+    model: nn.Module,
+    steps: Sequence[Batch],
+    *,
+    count: int = NUM_MICROBATCHES,
+    clip: float = 1e9,
+    make_optimizer: OptimizerMaker = adamw,
 ) -> Trained:
     """Plain PyTorch in one process, a backward for each microbatch."""
-    optimizer = adamw(model.parameters())
+    optimizer = make_optimizer(model.parameters())
     losses, norms = [], []
     for batch in steps:
         total = torch.zeros(())

@@ -5,7 +5,7 @@
 In place, and with an inverse: `Division.undo` makes the whole model again.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,14 +15,14 @@ from hf_speed.config import ResolvedPipe, SpeedConfig
 from hf_speed.config.parallel import resolve_pipe
 from hf_speed.engine.buffers import BufferRecord, persistent_buffers
 from hf_speed.engine.catalogue import Catalogue, ParameterRecord, first_names
+from hf_speed.engine.dealing import Dealing, deal_out, homes_of
 from hf_speed.errors import ConfigError
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.collectives import broadcast_flat
 from hf_speed.nn.deferred import Queue
 from hf_speed.pipe.body import Body, find_body
 from hf_speed.pipe.measure import measure_costs
-from hf_speed.pipe.partition import partition
-from hf_speed.pipe.schedules import make_plan
+from hf_speed.pipe.partition import Costs
 from hf_speed.pipe.stage import SplitModel, split_model
 from hf_speed.pipe.weights import needs_generator
 from hf_speed.zero.parameter import ShardedParameter, hide, placeholder_of, publish, released_class
@@ -139,9 +139,9 @@ def divide(
     draws = needs_generator(model)
     pipe = resolve_pipe(config)
     body = find_body(model) if mesh.sizes["pp"] > 1 else None
-    counts, placement = _deal_out(model, body, pipe, mesh)
-    stages = _stages_of(aliases, body, counts, placement)
-    buffers = _buffers_of(model, body, counts, placement)
+    dealing = None if body is None else _deal_out(model, body, pipe, mesh)
+    stages = homes_of(aliases, body, dealing)
+    buffers = _buffers_of(model, body, dealing)
     sliced = _slice(model, config, mesh, slice_planner)
     slicings = {} if sliced is None else sliced.slicings
     partial = {} if sliced is None else sliced.partial
@@ -154,10 +154,11 @@ def divide(
     catalogue = Catalogue(
         records, aliases, pp_rank=mesh.coordinates["pp"], tp_rank=mesh.coordinates["tp"]
     )
-    split = None
-    if body is not None:
+    split, placement = None, (0,)
+    if body is not None and dealing is not None:
+        placement = dealing.placement
         local = [stage for stage, rank in enumerate(placement) if rank == catalogue.pp_rank]
-        split = split_model(model, body, counts, local)
+        split = split_model(model, body, dealing.counts, local)
         if sliced is not None and config.tensor.sequence_parallel:
             sliced.divide_between(*(stage.layer_ends for stage in split.stages.values()))
     removed = {name: p for name, p in parameters.items() if not catalogue.is_here(name)}
@@ -165,71 +166,33 @@ def divide(
     return Division(catalogue, names, sliced, split, placement, removed, draws, buffers)
 
 
-def _deal_out(
-    model: nn.Module, body: Body | None, pipe: ResolvedPipe, mesh: ParallelMesh
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(layers of each stage, pipeline rank of each stage)."""
-    if body is None:
-        return (), (0,)
-    num_ranks = mesh.sizes["pp"]
-    plan = make_plan(pipe.schedule, num_ranks=num_ranks, num_microbatches=1, chunks=pipe.chunks)
-    num_layers = len(body.layers)
-    if not isinstance(pipe.balance, str):
-        if sum(pipe.balance) != num_layers:
-            raise ConfigError(
-                f"pipe.balance={list(pipe.balance)} deals out {sum(pipe.balance)} layers, but "
-                f"{type(model).__name__} has {num_layers}. Let the counts add up to {num_layers}."
-            )
-        return tuple(pipe.balance), plan.placement
-    if pipe.balance == "parameters":
-        return partition(body.costs(), plan.num_stages), plan.placement
-    counts = torch.tensor(
-        partition(measure_costs(model, body), plan.num_stages),
-        dtype=torch.int64,
-        device=mesh.device,
-    )
-    # Clocks differ: rank 0's count.
-    broadcast_flat(counts, group=mesh.world, journal=mesh.journal)
-    return tuple(counts.tolist()), plan.placement
-
-
-def _stages_of(
-    aliases: Mapping[str, str], body: Body | None, counts: Sequence[int], placement: Sequence[int]
-) -> dict[str, tuple[int, ...]]:
-    """First name of each parameter -> pipeline ranks that hold it, the owner first."""
-    if body is None:
-        return dict.fromkeys(aliases.values(), (0,))
-    homes: dict[str, set[int]] = {}
-    ends = {place.path: placement[0] for place in body.before}
-    ends |= {place.path: placement[-1] for place in body.after}
-    stage_of_layer = [stage for stage, count in enumerate(counts) for _ in range(count)]
-    for index, place in enumerate(body.layers):
-        ends[place.path] = placement[stage_of_layer[index]]
-    for name, first in aliases.items():
-        for path in _prefixes(name):
-            if path in ends:
-                homes.setdefault(first, set()).add(ends[path])
-    return {first: tuple(sorted(ranks)) for first, ranks in homes.items()}
+def _deal_out(model: nn.Module, body: Body, pipe: ResolvedPipe, mesh: ParallelMesh) -> Dealing:
+    """How the layers go to stages. Collective where they are dealt out by time."""
+    costs = None
+    if pipe.balance == "time":
+        costs = measure_costs(model, body)
+        seconds = torch.tensor(
+            [*costs.layers, costs.before, costs.after], dtype=torch.float64, device=mesh.device
+        )
+        # Clocks differ: rank 0's count.
+        broadcast_flat(seconds, group=mesh.world, journal=mesh.journal)
+        *layers, before, after = seconds.tolist()
+        costs = Costs(tuple(layers), before, after)
+    name = type(model).__name__
+    return deal_out(body, pipe, num_ranks=mesh.sizes["pp"], name=name, costs=costs)
 
 
 def _buffers_of(
-    model: nn.Module, body: Body | None, counts: Sequence[int], placement: Sequence[int]
+    model: nn.Module, body: Body | None, dealing: Dealing | None
 ) -> tuple[BufferRecord, ...]:
     found = dict(persistent_buffers(model))
-    stages: dict[str, tuple[int, ...]] = {}
-    if body is not None:
-        # What is in none of the parts that stages are made of stays on all.
-        stages = _stages_of({name: name for name in found}, body, counts, placement)
+    # What is in none of the parts that stages are made of stays on all.
+    names = {name: name for name in found}
+    stages = homes_of(names, body, dealing) if body is not None else {}
     return tuple(
         BufferRecord(name, tuple(buffer.shape), buffer.dtype, stages.get(name, ()))
         for name, buffer in found.items()
     )
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    for length in range(1, len(parts)):
-        yield ".".join(parts[:length])
 
 
 def _slice(

@@ -20,6 +20,7 @@ from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.journal import Journal
 from hf_speed.nn.deferred import Queue
 from hf_speed.nn.sliced import layers
+from hf_speed.nn.sliced.checks import check_plan
 from hf_speed.nn.sliced.exchange import Peers
 from hf_speed.nn.sliced.heads import localise
 from hf_speed.nn.sliced.hooks import ModelHooks
@@ -59,7 +60,7 @@ def slice_model(
     Raises:
         ConfigError: the plan does not fit the model or the ranks.
     """
-    _check(model, plan, tp.size)
+    check_plan(model, plan, tp.size)
     if sequence_parallel and plan.span is None:
         raise ConfigError(
             f"tensor.sequence_parallel needs one row of blocks, between which hidden states are "
@@ -94,12 +95,9 @@ class SlicedModel:
         self._rows = Rows(peers, scope) if sequence_parallel else None
         self._regions: list[SlicedRegion] = []
         entries: list[tuple[nn.Module, SlicedRegion]] = []
-        # Sizes are read before anything is cut.
-        widths = [_head_width(plan, region) for region in plan.regions]
-        for region, width in zip(plan.regions, widths, strict=True):
+        for region in plan.regions:
             entries.append((model.get_submodule(region.entry), self._slice_region(region)))
-            if region.heads is not None and width:
-                self._set_heads(region, width)
+            self._set_heads(region)
         words = self._slice_words()
         self._note_partial(blocks if sequence_parallel else ())
         self._hooks = ModelHooks(model, self._switch, self._regions, self._rows, words)
@@ -230,11 +228,14 @@ class SlicedModel:
         parameter.data = slicing.cut(parameter.data, self._peers.rank)
         self.slicings[name] = slicing
 
-    def _set_heads(self, region: Region, width: int) -> None:
-        if region.heads is None:
+    def _set_heads(self, region: Region) -> None:
+        heads = region.heads
+        if heads is None or region.row is None:
             return
+        # The row linear takes what the heads of all queries give.
+        width = self.plan.rules[region.row].slicing.size // heads.num_heads
         module = self._model.get_submodule(region.entry)
-        before = localise(module, region.heads, rank=self._peers.rank, width=width)
+        before = localise(module, heads, rank=self._peers.rank, width=width)
 
         def undo() -> None:
             for name, value in before.items():
@@ -323,76 +324,5 @@ def lengths_of(slicing: Slicing) -> tuple[int, ...]:
     return tuple(slicing.local_size(rank) for rank in range(slicing.num_ranks))
 
 
-def _head_width(plan: SlicePlan, region: Region) -> int:
-    """Features of a head: of the queries, which the row linear takes."""
-    if region.heads is None or region.row is None:
-        return 0
-    return plan.rules[region.row].slicing.size // region.heads.num_heads
-
-
 def _loss_of(model: Any) -> Callable[..., Tensor]:
     return model.loss_function
-
-
-def _check(model: nn.Module, plan: SlicePlan, num_ranks: int) -> None:
-    """Refuse a plan of another model or another number of ranks before anything is changed."""
-    if plan.num_ranks != num_ranks:
-        raise ConfigError(
-            f"The slice plan is for {plan.num_ranks} ranks, but mesh.tp={num_ranks}. Make it for "
-            f"the ranks at hand."
-        )
-    modules = dict(model.named_modules())
-    planned = {id(modules[path]) for path in plan.rules if path in modules}
-    holders = _holders(model)
-    for path, rule in plan.rules.items():
-        module = modules.get(path)
-        if module is None:
-            raise ConfigError(
-                f"The slice plan of {plan.model} names {path}, but this model has no such module."
-            )
-        _check_module(path, module, rule)
-        weight: Any = module._parameters["weight"]
-        if weight.grad is not None:
-            raise ConfigError(
-                f"{path}.weight has a gradient of its whole. Call model.zero_grad() before "
-                f"slicing the model over mesh.tp={num_ranks}."
-            )
-        others = [name for name, each in holders[id(weight)] if id(each) not in planned]
-        if others:
-            raise ConfigError(
-                f"{path}.weight is also the weight of {', '.join(others)}, which would read a "
-                f"slice. Slice these modules too, or leave {path} whole."
-            )
-
-
-def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    found: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append((name, module))
-    return found
-
-
-def _check_module(path: str, module: nn.Module, rule: Rule) -> None:
-    if isinstance(rule, VocabEmbedding):
-        reason = layers.embedding_reason(module)
-        weight: Any = module._parameters["weight"] if reason is None else None
-        size = 0 if weight is None else weight.shape[0]
-    else:
-        plain = layers.is_linear(module)
-        reason = None if plain else f"it is a {type(module).__name__}, not a plain linear"
-        size = layers.linear_sizes(module)[not isinstance(rule, Row)] if plain else 0
-    data: Any = module._parameters["weight"] if reason is None else None
-    if data is not None and type(data.data) is not Tensor:
-        reason = f"its weight is a {type(data.data).__name__}, not a plain tensor"
-    if reason is not None:
-        raise ConfigError(
-            f"{path} cannot be sliced: {reason}. Adapters and quantised layers do not go with "
-            f"mesh.tp > 1; merge or remove them, or set mesh.tp: 1."
-        )
-    if size != rule.slicing.size:
-        raise ConfigError(
-            f"{path} has {size} features to divide, but the slice plan is for {rule.slicing.size}: "
-            f"the model was changed after the plan was made."
-        )

@@ -58,7 +58,9 @@ class _Adapter(nn.Linear):
 def test_linears_that_do_more_are_refused() -> None:
     model, plan = _llama()
     model.get_submodule("model.layers.0.mlp").up_proj = _Adapter(16, 24, bias=False)
-    with pytest.raises(ConfigError, match=rf"{UP} cannot be sliced: it is a _Adapter, not a plain"):
+    with pytest.raises(
+        ConfigError, match=rf"{UP} cannot be sliced: it is a _Adapter, not a linear"
+    ):
         _slice(model, plan)
 
 

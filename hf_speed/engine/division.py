@@ -15,7 +15,7 @@ from hf_speed.config import ResolvedPipe, SpeedConfig
 from hf_speed.config.parallel import resolve_pipe
 from hf_speed.engine.buffers import BufferRecord, persistent_buffers
 from hf_speed.engine.catalogue import Catalogue, ParameterRecord, first_names
-from hf_speed.engine.dealing import Dealing, deal_out, homes_of
+from hf_speed.engine.dealing import Dealing, deal_out, homes_of, ranks_by_path
 from hf_speed.errors import ConfigError
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.collectives import broadcast_flat
@@ -140,8 +140,9 @@ def divide(
     pipe = resolve_pipe(config)
     body = find_body(model) if mesh.sizes["pp"] > 1 else None
     dealing = None if body is None else _deal_out(model, body, pipe, mesh)
-    stages = homes_of(aliases, body, dealing)
-    buffers = _buffers_of(model, body, dealing)
+    places = {} if body is None or dealing is None else ranks_by_path(body, dealing)
+    stages = homes_of(aliases, places)
+    buffers = _buffers_of(model, places)
     sliced = _slice(model, config, mesh, slice_planner)
     slicings = {} if sliced is None else sliced.slicings
     partial = {} if sliced is None else sliced.partial
@@ -182,13 +183,11 @@ def _deal_out(model: nn.Module, body: Body, pipe: ResolvedPipe, mesh: ParallelMe
     return deal_out(body, pipe, num_ranks=mesh.sizes["pp"], name=name, costs=costs)
 
 
-def _buffers_of(
-    model: nn.Module, body: Body | None, dealing: Dealing | None
-) -> tuple[BufferRecord, ...]:
+def _buffers_of(model: nn.Module, places: Mapping[str, int]) -> tuple[BufferRecord, ...]:
     found = dict(persistent_buffers(model))
     # What is in none of the parts that stages are made of stays on all.
     names = {name: name for name in found}
-    stages = homes_of(names, body, dealing) if body is not None else {}
+    stages = homes_of(names, places) if places else {}
     return tuple(
         BufferRecord(name, tuple(buffer.shape), buffer.dtype, stages.get(name, ()))
         for name, buffer in found.items()

@@ -276,7 +276,10 @@ def test_a_model_is_whole_again_after_it_was_measured() -> None:
         (n, p.shape) for n, p in other.named_parameters()
     ]
     assert [type(each) for each in model.modules()] == [type(each) for each in other.modules()]
-    assert [share.num_regions for share in shares.ranks] == [6, 6]
+    assert [share.num_repeated_sums for share in shares.ranks] == [3, 3]
+    # The embedding on the first, the head on the last.
+    assert [share.num_sums for share in shares.ranks] == [13, 13]
+    assert [share.has_sliced_loss for share in shares.ranks] == [False, True]
     assert shares.dealing.counts == (3, 3)
     assert shares.largest.pp_rank == 0
 
@@ -285,6 +288,6 @@ def test_without_axes_there_is_one_share_of_everything() -> None:
     with torch.device("meta"):
         model = _model("llama")
     shares = shares_of(model, load_config({}), compute_dtype=BF16)
-    assert shares.ranks == (
-        Share(0, (6,), 0, sizes_of(model, load_config({}), compute_dtype=BF16)),
-    )
+    units = sizes_of(model, load_config({}), compute_dtype=BF16)
+    one = Share(0, (6,), 0, 0, has_sliced_loss=False, gathered_words=0, units=units)
+    assert shares.ranks == (one,)

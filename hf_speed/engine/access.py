@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_speed.engine.assemble import Parts
 from hf_speed.engine.catalogue import ParameterRecord
+from hf_speed.engine.division import SliceReader
 from hf_speed.engine.whole import Wholes
 from hf_speed.errors import EngineError
 from hf_speed.mesh.collectives import all_gather_flat, broadcast_flat
@@ -286,3 +287,17 @@ class Access:
             raise EngineError(
                 f"{type(optimizer).__name__} keeps no {key!r} for {name}; it keeps {sorted(known)}."
             )
+
+
+def fill_group(group: FlatGroup, read: SliceReader) -> None:
+    """Fill what this rank keeps of a group, which is in memory."""
+    if group.full is not None and not group.divided:
+        for slot in group.layout.slots:
+            value = read(slot.name, 0, slot.numel)
+            if value is not None:
+                group.store(slot, value)
+        return
+    for piece in group.slot_pieces:
+        value = read(group.layout.slots[piece.index].name, piece.start, piece.numel)
+        if value is not None:
+            group.master_values(piece).copy_(value)

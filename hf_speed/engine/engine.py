@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_speed.config import ResolvedConfig, SpeedConfig
-from hf_speed.engine.access import Access
+from hf_speed.engine.access import Access, fill_group
 from hf_speed.engine.assemble import Callbacks, Parts, assemble
 from hf_speed.engine.binding import OptimizerBinding
 from hf_speed.engine.clearing import unwrap_zero_grad, wrap_zero_grad
@@ -33,7 +33,6 @@ from hf_speed.engine.stages import install_pipeline
 from hf_speed.engine.state import load_engine, save_engine
 from hf_speed.errors import EngineError
 from hf_speed.mesh import ParallelMesh
-from hf_speed.zero.group import FlatGroup
 
 
 class StepStats(NamedTuple):
@@ -119,7 +118,7 @@ class Engine:
         callbacks = Callbacks(
             # Under a pipeline a step has many backwards; their sum is reduced once, afterwards.
             is_syncing=lambda: self.sync_gradients and self._pipeline is None,
-            on_forward=self._check_in_place,
+            on_forward=self._before_forward,
             on_backward_end=self._on_backward_end,
         )
         self._pipeline: PipelineForward | None = None
@@ -337,7 +336,7 @@ class Engine:
         local = self._parts.division.local_reader(read)
         for group in self._parts.groups:
             with group.in_memory(modify=True):
-                _load_group(group, local)
+                fill_group(group, local)
         self._parts.gatherer.invalidate()
 
     def load_full_parameters(self, source: Callable[[str], Tensor | None]) -> None:
@@ -443,7 +442,13 @@ class Engine:
         parked.reload(self.optimizer)
         self._parts.stepper.is_parked = False
 
-    def _check_in_place(self) -> None:
+    def _before_forward(self) -> None:
+        # Of a pipeline's many forwards the first is preceded by this, from outside of them.
+        if self._pipeline is None:
+            self.check_in_place()
+
+    def check_in_place(self) -> None:
+        """Raise if the model was changed behind the engine's back, or its memory is parked."""
         self._parts.stepper.check_not_parked()
         for group in self._parts.groups:
             group.check_in_place()
@@ -472,20 +477,6 @@ class Engine:
     def _whole_values(self) -> dict[str, Tensor]:
         """Copies of all whole parameters. Collective."""
         return {name: value.clone() for name, value in self.full_parameters(master=True)}
-
-
-def _load_group(group: FlatGroup, read: SliceReader) -> None:
-    """Fill what this rank keeps of a group, which is in memory."""
-    if group.full is not None and not group.divided:
-        for slot in group.layout.slots:
-            value = read(slot.name, 0, slot.numel)
-            if value is not None:
-                group.store(slot, value)
-        return
-    for piece in group.slot_pieces:
-        value = read(group.layout.slots[piece.index].name, piece.start, piece.numel)
-        if value is not None:
-            group.master_values(piece).copy_(value)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -60,6 +60,10 @@ class Gradients(Protocol):
         """A stage's gradients are complete."""
         ...
 
+    def check(self) -> None:
+        """Raise if the model cannot run as it is."""
+        ...
+
     def begin(self) -> None:
         """Many backwards begin that count as one."""
         ...
@@ -146,6 +150,7 @@ class PipelineForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a batch through the pipeline. Collective over its ranks."""
         inputs = self._bind(args, kwargs)
+        self._gradients.check()
         self._split.runner.train(self._model.training)
         if torch.is_grad_enabled() and self._model.training:
             return self._train(inputs)
@@ -197,12 +202,8 @@ class PipelineForward:
             self._gradients.end()
         if after is not None:
             set_generator_state(after, self._mesh.device)
-        total = torch.zeros(1, dtype=torch.float32, device=self._mesh.device)
-        for loss in result.losses:
-            total += loss.float()
-        self._from_last(total)
-        anchor = torch.zeros((), device=total.device, requires_grad=True)
-        loss = _Committed.apply(total.view(()), self, anchor)
+        anchor = torch.zeros((), device=self._mesh.device, requires_grad=True)
+        loss = _Committed.apply(result.loss.view(()), self, anchor)
         kind = self._split.runner.output_kind
         return loss if kind in (None, Tensor) else kind(loss=loss)
 

@@ -37,6 +37,10 @@ class StageGradients:
     def reduce(self, stage: Stage) -> None:
         """Nothing yet: by which factor they count is known at `loss.backward()`."""
 
+    def check(self) -> None:
+        """Raise if the model cannot run as it is."""
+        self._engine.check_in_place()
+
     def begin(self) -> None:
         """Many backwards begin that count as one."""
         self._parts.reducer.begin_collecting()

@@ -27,6 +27,10 @@ PARTS = 4
 """Messages that one action may send, each with a tag of its own: header, values, generator."""
 
 
+LOSS_TAG = (1 << 30) - 1
+"""Of the loss; no stage and microbatch has it."""
+
+
 class Shape(NamedTuple):
     """What a receiver has to know."""
 
@@ -127,6 +131,22 @@ class Links:
         address = self._address(stage, stage + 1, microbatch)
         buffer = torch.empty_like(output, memory_format=torch.contiguous_format)
         return Arriving(self._receive(buffer, address, 3, self._backward), None)
+
+    def send_loss(self, value: Tensor) -> None:
+        """Start to send the last stage's loss to every other pipeline rank.
+
+        As messages, while the other ranks still have backwards to run: a broadcast at the end would
+        hold the last stage until they come.
+        """
+        for peer in range(self._forward.size):
+            if peer != self._forward.rank:
+                self._send(value, Address(peer, LOSS_TAG), 0, self._forward)
+
+    def receive_loss(self) -> Pending[Tensor]:
+        """Start to receive it: (1,) fp32."""
+        room = torch.empty(1, dtype=torch.float32, device=self._device)
+        address = Address(self._placement[-1], LOSS_TAG)
+        return self._receive(room, address, 0, self._forward)
 
     def _send(self, value: Tensor, address: Address, part: int, group: AxisGroup) -> None:
         self._leaving.append(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_speed.errors import EngineError, HfSpeedError
+from hf_speed.mesh.collectives import Pending
 from hf_speed.nn.deferred import Queue
 from hf_speed.pipe.action import Action, Kind
 from hf_speed.pipe.batch import Microbatch, loss_of
@@ -45,14 +46,16 @@ class Shards(Protocol):
 
 
 class Result(NamedTuple):
-    """What a run leaves on the rank of the last stage; empty on others.
+    """What a run leaves.
 
     Attributes:
-        losses: of each microbatch, weighed: 0-d, without a graph.
-        outputs: what the model returned for each; only of plans without a backward.
+        loss: the sum of all microbatches', weighed: (1,) fp32 without a graph, on every rank; 0
+            where nothing was trained.
+        outputs: what the model returned for each microbatch; only on the rank of the last stage,
+            and only of plans without a backward.
     """
 
-    losses: list[Tensor]
+    loss: Tensor
     outputs: list[Any]
 
 
@@ -107,8 +110,9 @@ class Runtime(NamedTuple):
             except Exception as error:
                 why = f"{action}: {type(error).__name__}: {error}"
                 raise EngineError(fault(plan, why, rank=self.rank, action=action)) from error
+        result = run.finish()
         self.links.finish()
-        return run.result
+        return result
 
 
 class _Run:
@@ -130,13 +134,20 @@ class _Run:
         self._seeds = seeds
         self._splits = {_at(action) for action in row if action.kind is Kind.WEIGHT}
         self._trains = any(action.kind in (Kind.BACKWARD, Kind.INPUT) for action in row)
+        self._has_last = any(stage.is_last for stage in runtime.stages.values())
         self._arriving: dict[At, Arriving] = {}
         self._inputs: dict[At, Tensor] = {}
         self._outputs: dict[At, Tensor] = {}
         self._gradients: dict[At, Tensor | Arriving] = {}
         self._queues: dict[At, Queue] = {}
         self._states: dict[At, Tensor] = {}
-        self.result = Result([], [])
+        self._losses: list[Tensor] = []
+        self._outputs_of_last: list[Any] = []
+        # NCCL pairs messages between two ranks in the order in which they start, so there the loss
+        # comes last on both sides; gloo pairs them by tag.
+        self._loss: Pending[Tensor] | None = None
+        if self._trains and not self._has_last and runtime.device.type == "cpu":
+            self._loss = runtime.links.receive_loss()
 
     def do(self, action: Action) -> None:
         """Carry out one action."""
@@ -155,6 +166,21 @@ class _Run:
                 self._runtime.shards.reduce(self._stage(action))
             case _:
                 self._move(action)
+
+    def finish(self) -> Result:
+        """What the run leaves, after its last action."""
+        if not self._trains:
+            return Result(torch.zeros(1, device=self._runtime.device), self._outputs_of_last)
+        links = self._runtime.links
+        if self._has_last:
+            if self._runtime.device.type != "cpu":
+                links.send_loss(self._total())
+            return Result(self._total(), [])
+        loss = links.receive_loss() if self._loss is None else self._loss
+        return Result(loss.wait(), [])
+
+    def _total(self) -> Tensor:
+        return torch.stack(self._losses).float().sum().view(1)
 
     def _stage(self, action: Action) -> Stage:
         return self._runtime.stages[action.stage]
@@ -221,11 +247,13 @@ class _Run:
 
     def _finish_forward(self, at: At, output: Any, weight: float) -> None:
         if not self._trains:
-            self.result.outputs.append(output)
+            self._outputs_of_last.append(output)
             return
         loss = loss_of(output, weight=weight)
         self._outputs[at] = loss
-        self.result.losses.append(loss.detach())
+        self._losses.append(loss.detach())
+        if len(self._losses) == len(self._microbatches) and self._runtime.device.type == "cpu":
+            self._runtime.links.send_loss(self._total())
 
     def _backward(self, action: Action) -> None:
         at, stage = _at(action), self._stage(action)

@@ -74,6 +74,7 @@ class UnitHooks:
         self._expects_backward = False
         self._saving: saved_tensors_hooks | None = None
         self._saver = Saver(units, gatherer, activations)
+        self._moves = activations is not None or any(unit.sharded for unit in units)
         self._last = next((unit for unit in reversed(units) if not unit.is_root), None)
         self._handles: list[RemovableHandle] = []
         for unit in units:
@@ -117,7 +118,7 @@ class UnitHooks:
         self._depth = 0
 
     def _before_forward(self, unit: Unit, module: nn.Module, args: object) -> None:  # noqa: ARG002
-        if self._is_copy:
+        if self._is_copy or self._is_idle():
             return
         if self.phase is Phase.BACKWARD and torch._C._current_graph_task_id() == -1:
             self.abandon()
@@ -129,6 +130,10 @@ class UnitHooks:
         if self._depth == 1:
             self._open_pass(unit)
         self._gatherer.enter(unit)
+
+    def _is_idle(self) -> bool:
+        """Whether a pass asks for nothing: no values come or go, and gradients only add up."""
+        return not self._moves and self._reducer.is_collecting
 
     def _open_pass(self, unit: Unit) -> None:
         self._on_forward()
@@ -156,7 +161,7 @@ class UnitHooks:
         args: object,  # noqa: ARG002
         output: object,
     ) -> None:
-        if self._is_copy:
+        if self._is_copy or self._is_idle():
             return
         if self.phase is Phase.BACKWARD:
             self._watch_outputs(unit, output)

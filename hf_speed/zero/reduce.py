@@ -95,6 +95,11 @@ class Reducer:
         self._reducing = False
         self._collecting = True
 
+    @property
+    def is_collecting(self) -> bool:
+        """Whether backwards only add up here."""
+        return self._collecting
+
     def end_collecting(self) -> None:
         """End what `begin_collecting` has started, and show what has come."""
         if self._collecting:

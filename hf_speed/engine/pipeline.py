@@ -188,6 +188,9 @@ class PipelineForward:
                 f"labels, and leave out label smoothing and compute_loss_func. To read logits, "
                 f"call it inside torch.no_grad()."
             )
+        if "use_cache" in self.__signature__.parameters:
+            # Nobody sees it: only the loss is returned.
+            inputs["use_cache"] = False
         microbatches = self._cut(inputs, self._config.microbatches)
         plan = self._plan(len(microbatches), trains=True)
         seeds, after = self._seeds(len(microbatches))

@@ -45,6 +45,14 @@ BALANCED = Workload(
 """The head takes about as long as a layer and what comes with the embedding, so that stages are
 equal: two of about 4 layers, or four of about 2."""
 
+LARGE_HEAD = Workload(
+    Shape(vocab=12288, hidden=512, inter=1376, layers=8, heads=8, batch=2, length=128),
+    8,
+    {2: (4, 4), 4: (2, 2, 2, 2)},
+)
+"""The head takes as long as two layers, as in most small models. The cuts are equal numbers of layers:
+what torch's users write, and what transformers' own pipelines do. Ours cuts by `pipe.balance`."""
+
 SMALL = Workload(
     Shape(vocab=3072, hidden=256, inter=704, layers=7, heads=8, batch=2, length=64),
     8,
@@ -176,16 +184,20 @@ def deepspeed(work: Workload, rank: int) -> Step:  # noqa: ARG001
     return step
 
 
-def ours(work: Workload, rank: int, *, schedule: str, chunks: int) -> Step:  # noqa: ARG001
-    """hf_speed: the model as it is, and a config."""
+def ours(
+    work: Workload,
+    rank: int,  # noqa: ARG001
+    *,
+    schedule: str,
+    chunks: int,
+) -> Step:
+    """hf_speed: the model as it is, and a config; cut as the others are, where those are balanced."""
     from hf_speed.config import load_config
     from hf_speed.engine import Engine
 
-    pipe: dict[str, Any] = {
-        "schedule": schedule,
-        "microbatches": work.microbatches,
-        "balance": list(work.cuts[2 * chunks]),
-    }
+    pipe: dict[str, Any] = {"schedule": schedule, "microbatches": work.microbatches}
+    if work is not LARGE_HEAD:
+        pipe["balance"] = list(work.cuts[2 * chunks])
     if schedule in ("interleaved", "looped_bfs"):
         pipe["chunks"] = chunks
     model = build_model(work.shape)

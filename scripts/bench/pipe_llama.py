@@ -50,8 +50,8 @@ LARGE_HEAD = Workload(
     8,
     {2: (4, 4), 4: (2, 2, 2, 2)},
 )
-"""The head takes as long as two layers, as in most small models. The cuts are equal numbers of layers:
-what torch's users write, and what transformers' own pipelines do. Ours cuts by `pipe.balance`."""
+"""The head takes as long as two layers, as in most small models. The cuts are equal numbers of
+layers: what torch's users write, and what transformers' own pipelines do. Ours cuts by itself."""
 
 SMALL = Workload(
     Shape(vocab=3072, hidden=256, inter=704, layers=7, heads=8, batch=2, length=64),
@@ -191,7 +191,7 @@ def ours(
     schedule: str,
     chunks: int,
 ) -> Step:
-    """hf_speed: the model as it is, and a config; cut as the others are, where those are balanced."""
+    """hf_speed: the model as it is, and a config; cut as the others are where stages are equal."""
     from hf_speed.config import load_config
     from hf_speed.engine import Engine
 

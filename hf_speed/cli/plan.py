@@ -1,7 +1,7 @@
 """`hf-speed plan`: what a config comes to for a model and a world, without loading or launching.
 
-model config -> meta model -> units -> bytes per rank, stage and tier -> the resolved table, the
-bytes, and the largest models that would fit
+model config -> meta model -> units of each rank -> bytes per rank, stage and tier -> the resolved
+table, the bytes, what a step sends, and the largest models that would fit
 """
 
 import argparse
@@ -10,13 +10,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hf_speed.config import Memory, OffloadConfig, SpeedConfig, Tiers, load_config, resolve
+from hf_speed.cli.plan_mesh import render_mesh
+from hf_speed.config import (
+    Memory,
+    OffloadConfig,
+    ResolvedPipe,
+    SpeedConfig,
+    Tiers,
+    check_world,
+    load_config,
+    resolve,
+)
 from hf_speed.config.tree import GIB
 from hf_speed.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hf_speed.engine.capacity import Capacity
     from hf_speed.engine.estimate import StateBytes
+    from hf_speed.engine.workload import Workload
+
+DEFAULT_TOKENS = 2048
+"""Of a row, where --sequence is left out."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -55,6 +71,18 @@ def add_parser(commands: Any) -> None:
         default="bfloat16",
         help="that computes",
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="ROWS",
+        help="of a data-parallel rank in a step, default: one a microbatch",
+    )
+    parser.add_argument(
+        "--sequence", type=int, metavar="TOKENS", help=f"of a row, default {DEFAULT_TOKENS}"
+    )
+    parser.add_argument(
+        "--recompute", action="store_true", help="blocks are recomputed (gradient_checkpointing)"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -63,15 +91,24 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from hf_speed.engine.capacity import what_fits
     from hf_speed.engine.estimate import Estimator
+    from hf_speed.engine.mesh_plan import plan_mesh
+    from hf_speed.engine.pipeline import check_schedule
     from hf_speed.engine.planning import sizes_of
+    from hf_speed.engine.shares import shares_of
     from hf_speed.integrations.transformers.describe import meta_model
+    from hf_speed.integrations.transformers.slice_plan import plan_for
 
     config = load_config(arguments.config)
     memory = _memory(arguments, config.offload)
     config = _with_room_on_disk(config, memory)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     world_size: int = arguments.num_processes
-    units = sizes_of(meta_model(arguments.model), config, compute_dtype=dtype)
+    check_world(config, world_size)
+    model = meta_model(arguments.model)
+    whole = sizes_of(model, config, compute_dtype=dtype)
+    slices = plan_for(model, config.mesh.tp) if config.mesh.tp > 1 else None
+    shares = shares_of(model, config, compute_dtype=dtype, slice_plan=slices)
+    units = shares.largest.units
     device_type = "cpu" if memory.shared else "cuda"
     estimator = Estimator(units, config, world_size=world_size, device_type=device_type)
     resolved = resolve(
@@ -82,14 +119,49 @@ def _run(arguments: argparse.Namespace) -> int:
         memory=memory,
         device_type=device_type,
     )
+    check_schedule(resolved.pipe, stage=resolved.stage)
     chosen = Tiers(*resolved.offload.tiers[:3])
-    num_parameters = sum(sum(group.numels) for unit in units for group in unit)
-    print(f"{num_parameters / 1e6:,.1f} M parameters in {len(units)} units\n")
+    num_parameters = sum(group.numel for unit in whole for group in unit)
+    print(f"{num_parameters / 1e6:,.1f} M parameters in {len(whole)} units\n")
     print(resolved.table(), end="\n\n")
+    asked = arguments.batch is not None or arguments.sequence is not None
+    if config.mesh.pp * config.mesh.tp > 1 or asked:
+        work = _workload(arguments, model, resolved.pipe, num_ranks=config.mesh.pp)
+        found = plan_mesh(shares, config, resolved, work, device_type=device_type)
+        print(render_mesh(found, work, resolved), end="\n\n")
     states = [estimator.at(stage, chosen) for stage in range(4)]
-    print(render_states(states, chosen=resolved.stage, memory=memory), end="\n\n")
-    print(render_fits(what_fits(units, config, world_size=world_size, memory=memory)))
+    print(
+        render_states(states, chosen=resolved.stage, memory=memory, is_pipeline=config.mesh.pp > 1),
+        end="\n\n",
+    )
+    fits = what_fits(units, config, world_size=world_size, memory=memory, whole=whole)
+    print(render_fits(fits))
     return 0
+
+
+def _workload(
+    arguments: argparse.Namespace, model: "nn.Module", pipe: ResolvedPipe, *, num_ranks: int
+) -> "Workload":
+    """A step, as the arguments say."""
+    import torch
+
+    from hf_speed.engine.workload import Workload
+    from hf_speed.pipe.batch import PER_RANK
+
+    config: Any = model.config
+    text = config.get_text_config()
+    for option in ("batch", "sequence"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option} {value} leaves nothing to compute. Give at least 1.")
+    return Workload(
+        num_rows=arguments.batch or pipe.microbatches or PER_RANK * num_ranks,
+        num_tokens=arguments.sequence or DEFAULT_TOKENS,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        itemsize=getattr(torch, arguments.dtype).itemsize,
+        recomputes=arguments.recompute,
+    )
 
 
 def _memory(arguments: argparse.Namespace, offload: OffloadConfig) -> Memory:
@@ -142,7 +214,9 @@ def parse_bytes(text: str, *, option: str = "--memory") -> int:
     return size
 
 
-def render_states(states: "Sequence[StateBytes]", *, chosen: int, memory: Memory) -> str:
+def render_states(
+    states: "Sequence[StateBytes]", *, chosen: int, memory: Memory, is_pipeline: bool
+) -> str:
     """The estimates as a table, the chosen stage marked: what there is, then where it is."""
     names = ("parameters", "gradients", "optimizer", "in flight", "staging")
     tiers = ("device", "host", "disk")
@@ -160,8 +234,12 @@ def render_states(states: "Sequence[StateBytes]", *, chosen: int, memory: Memory
         there += f", {memory.host / GIB:.1f} on the host"
     if memory.disk:
         there += f", {memory.disk / GIB:.1f} on disk"
-    lines.append(f"There are {there}. Activations come on top; with accumulation over micro-steps")
-    lines.append("at stages 0 and 1, so do the gradients of the whole model.")
+    if is_pipeline:
+        lines.append(f"There are {there}. Activations come on top. Of the fullest pipeline rank;")
+        lines.append("whole sums of its gradients are in flight at every stage.")
+    else:
+        lines.append(f"There are {there}. Activations come on top; with accumulation over")
+        lines.append("micro-steps at stages 0 and 1, so do the gradients of the whole model.")
     return "\n".join(lines)
 
 

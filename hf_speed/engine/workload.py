@@ -17,8 +17,10 @@ whole for the weight gradients, which saves an all-gather: (4 + 30 / t) h. Recom
 their input: e h, over t with sequence parallelism. The last stage keeps for the head its input, its
 logits' input and the logits in fp32: (2 e h + 4 v / t) for v words.
 
-A block with gates keeps more (three inner products, of narrower features), one without dropout
-less; measure before you rely on the last GiB.
+What I leaves for W, in schedules that split the backward, counts as all that F kept.
+
+Blocks that are not fused keep more. Counted with autograd's saved tensors (transformers 5.23, sdpa
+on a CPU, bf16, t = 1): 46 h to 49 h for a Llama block, 114 h for one of GPT-2 with its dropouts.
 """
 
 from math import ceil

@@ -37,3 +37,19 @@ def test_the_largest_model_fits_and_one_block_more_does_not(world_size: int, sha
 def test_where_not_even_a_block_fits_there_is_none() -> None:
     rows = what_fits([[BLOCK], [ROOT]], CONFIG, world_size=1, memory=Memory(4 * MIB))
     assert {numel for row in rows for numel in row.numels} == {0}
+
+
+def test_in_a_pipeline_every_rank_has_as_many_blocks_as_the_fullest() -> None:
+    config = load_config({"mesh": {"pp": 4, "dp_shard": 2}})
+    memory = Memory(1000 * MIB, 3000 * MIB)
+    here, whole = [[BLOCK], [BLOCK], [ROOT]], [[BLOCK]] * 8 + [[ROOT]]
+    piped = what_fits(here, config, world_size=8, memory=memory, whole=whole)
+    for row in piped:
+        for stage, numel in enumerate(row.numels):
+            num_blocks, rest = divmod(numel - 2 * MIB, 4 * 4 * MIB)
+            assert rest == 0
+            limits = limits_of(config.offload, memory, is_open=True)
+            for more, fits in ((0, True), (1, False)):
+                units = [[BLOCK]] * (num_blocks + more) + [[ROOT]]
+                needed = Estimator(units, config, world_size=8).needed(stage, row.tiers)
+                assert all(n <= m for n, m in zip(needed, limits, strict=True)) is fits

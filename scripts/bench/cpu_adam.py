@@ -137,7 +137,7 @@ def rule_for(optimizer: Any) -> Any:
     return rule
 
 
-def deepspeed_step(param: object, settings: Mapping, moments: Mapping) -> Callable:
+def deepspeed_step(param: Any, settings: Mapping, moments: Mapping) -> Callable:
     """DeepSpeedCPUAdam on the same parameter and moments."""
     import logging
 
@@ -148,7 +148,7 @@ def deepspeed_step(param: object, settings: Mapping, moments: Mapping) -> Callab
     optimizer.state[param] = {"step": 10, **moments}
 
     def step(gradient: object) -> None:
-        param.grad = gradient  # pyrefly: ignore
+        param.grad = gradient
         optimizer.step()
 
     return step

@@ -22,9 +22,12 @@ from hf_speed.checkpoint import StateReader, agreed
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME, ModelPlan
 from hf_speed.engine import Engine
+from hf_speed.engine.buffers import full_buffers, persistent_buffers
+from hf_speed.engine.rng import MESH, load_rng, share_rng
 from hf_speed.errors import CheckpointError
 from hf_speed.integrations.transformers.hub import (
-    persistent_buffers,
+    Stored,
+    StoredTensors,
     plan_hub_model,
     save_hub_model,
 )
@@ -48,14 +51,35 @@ def full_weights(
     return engine.full_parameters(chosen, master=file_dtype(engine) is not None)
 
 
+def stored_tensors(engine: Engine) -> StoredTensors:
+    """What the whole model is made of, of which this rank may have a part. No collective."""
+    parts = engine.parts
+    names: dict[str, list[str]] = {}
+    for alias, first in parts.catalogue.aliases.items():
+        names.setdefault(first, []).append(alias)
+
+    def dtype_of(name: str) -> torch.dtype:
+        record = parts.catalogue.record(name)
+        return parts.precision.dtypes_for(name, record.dtype, trainable=record.trainable).compute
+
+    return StoredTensors(
+        tuple(
+            Stored(tuple(names[name]), record.shape, dtype_of(name))
+            for name, record in parts.catalogue.records.items()
+        ),
+        tuple(Stored((each.name,), each.shape, each.dtype) for each in parts.division.buffers),
+    )
+
+
 def full_state_dict(engine: Engine) -> dict[str, Tensor]:
     """What `model.state_dict()` would be. Collective.
 
-    Where every rank keeps all parameters in memory (stages 0 to 2): on every rank, without a copy
-    where no dtype changes. Elsewhere: on rank 0 in host memory, and {} on the others.
+    Where every rank keeps all parameters in memory (stages 0 to 2, without pipeline and slicing):
+    on every rank, without a copy where no dtype changes. Elsewhere: on rank 0 in host memory, and
+    {} on the others.
     """
-    is_sharded = engine.is_sharded
-    keeps = not is_sharded or engine.mesh.world.rank == 0
+    is_spread = is_spread_out(engine)
+    keeps = not is_spread or engine.mesh.world.rank == 0
     dtype = file_dtype(engine)
     weights: dict[str, Tensor] = {}
     for name, value in full_weights(engine):
@@ -65,17 +89,29 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
                 if dtype is not None and value.is_floating_point()
                 else value.detach()
             )
-            weights[name] = kept.to("cpu", copy=True) if is_sharded else kept
+            weights[name] = kept.to("cpu", copy=True) if is_spread else kept
+    for name, buffer in full_buffers(engine):
+        if keeps:
+            weights[name] = buffer.detach()
     if not keeps:
         return {}
-    weights |= {name: buffer.detach() for name, buffer in persistent_buffers(engine.model)}
-    return {key: weights[known] for key, known in _state_keys(engine.model) if known in weights}
+    return {key: weights[known] for key, known in _state_keys(engine) if known in weights}
 
 
-def _state_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
+def is_spread_out(engine: Engine) -> bool:
+    """Whether no rank has the whole model in memory."""
+    return engine.is_sharded or engine.parts.division.is_divided
+
+
+def _state_keys(engine: Engine) -> Iterator[tuple[str, str]]:
     """(state dict key, first name of the same tensor), in the order of `state_dict()`."""
+    if engine.parts.division.is_divided:
+        # Modules of other stages are not here to say where a buffer stands between parameters.
+        yield from engine.parts.catalogue.aliases.items()
+        yield from ((each.name, each.name) for each in engine.parts.division.buffers)
+        return
     first: dict[int, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in engine.model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and key not in module._non_persistent_buffers_set:
@@ -99,8 +135,10 @@ def write_model(engine: Engine, directory: str, *, max_shard_bytes: int | None =
         directory,
         full_weights(engine),
         world=engine.mesh.world,
+        buffers=full_buffers(engine),
         max_shard_bytes=max_shard_bytes or engine.config.max_shard_bytes,
         dtype=file_dtype(engine),
+        tensors=stored_tensors(engine),
     )
 
 
@@ -109,31 +147,45 @@ def is_peft(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def adapter_names(model: nn.Module) -> list[str]:
+def adapter_names(engine: Engine) -> list[str]:
     """The parameters that PEFT may save: everything but the frozen weights of the base model."""
-    prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
+    prefix = getattr(getattr(engine.model, "base_model", None), "prefix", "lora_")
     return [
         name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or prefix in name or "modules_to_save" in name
+        for name, record in engine.parts.catalogue.records.items()
+        if record.trainable or prefix in name or "modules_to_save" in name
     ]
 
 
 def adapter_state(engine: Engine) -> dict[str, Tensor]:
     """What PEFT may save, whole, on rank 0 in host memory; {} on others. Collective."""
     keeps = engine.mesh.world.rank == 0
-    names = adapter_names(engine.model)
+    names = adapter_names(engine)
     state = {
         name: value.detach().to("cpu", copy=True)
         for name, value in full_weights(engine, names)
         if keeps
     }
-    return state | {name: buffer for name, buffer in persistent_buffers(engine.model) if keeps}
+    return state | {name: buffer for name, buffer in full_buffers(engine) if keeps}
 
 
 def has_engine_state(directory: str) -> bool:
     """Whether a checkpoint holds hf_speed's own state, saved to the end."""
     return (Path(directory) / MANIFEST_PATH).is_file()
+
+
+def restore_rng(engine: Engine, directory: str) -> None:
+    """On another mesh than that of a checkpoint, random states by batch. Collective.
+
+    On the same mesh they are those of the processes, which transformers and accelerate restore.
+    """
+    if not has_engine_state(directory):
+        return
+    with StateReader(directory) as reader:
+        if reader.meta.get(MESH) == dict(engine.mesh.sizes):
+            return
+        load_rng(engine.mesh, reader, says_so=False)
+    share_rng(engine.mesh)
 
 
 def load_model(engine: Engine, directory: str) -> None:
@@ -158,8 +210,8 @@ def _load_adapters(engine: Engine, directory: str) -> None:
     from peft.utils import load_peft_weights
 
     model: Any = engine.model
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    empty = {name: torch.empty(shapes[name], device="meta") for name in adapter_names(model)}
+    shapes = {name: record.shape for name, record in engine.parts.catalogue.records.items()}
+    empty = {name: torch.empty(shapes[name], device="meta") for name in adapter_names(engine)}
     name_of = {id(value): name for name, value in empty.items()}
     for adapter in model.peft_config:
         home = directory if adapter == "default" else f"{directory}/{adapter}"
@@ -193,7 +245,7 @@ def load_weights(engine: Engine, directory: str) -> None:
         CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
     """
     model = engine.model
-    plan = plan_hub_model(model, dtype=file_dtype(engine))
+    plan = plan_hub_model(model, dtype=file_dtype(engine), tensors=stored_tensors(engine))
     if all(group.is_rename or not group.targets for group in plan.groups):
         files = HubFiles(directory, plan)
         engine.load_parameters(files.read)

@@ -54,8 +54,13 @@ def share_rng(mesh: ParallelMesh) -> None:
     _set_states(states, mesh)
 
 
-def load_rng(mesh: ParallelMesh, reader: StateReader) -> None:
-    """Set this rank's generators; with a warning where some rank of this run has no state.
+def load_rng(mesh: ParallelMesh, reader: StateReader, *, says_so: bool = True) -> None:
+    """Set this rank's generators.
+
+    Args:
+        mesh: of this run.
+        reader: of the checkpoint.
+        says_so: warn where some rank of this run has no state.
 
     Raises:
         CheckpointError: the file with the state is damaged.
@@ -65,7 +70,7 @@ def load_rng(mesh: ParallelMesh, reader: StateReader) -> None:
     source = _source(mesh, there)
     local = reader.local(source) if source is not None else {}
     num_here, num_there = _num_data_ranks(mesh.sizes), _num_data_ranks(there)
-    if num_here > num_there or "cpu_rng" not in local:
+    if says_so and (num_here > num_there or "cpu_rng" not in local):
         _log.warning(
             "%s has no RNG states for all of this run's %d data-parallel ranks (it was saved by "
             "%d): dropout and sampling of the others will differ from the run that wrote it.",

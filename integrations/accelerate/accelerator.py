@@ -14,30 +14,40 @@ loses none.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import accelerate
 import torch
-from accelerate.utils import (
-    DDPCommunicationHookType,
-    DynamoBackend,
-    convert_file_size_to_int,
-)
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 
 from hf_speed.config import env
 from hf_speed.config.tree import SpeedConfig
 from hf_speed.engine import Engine, engine_of
+from hf_speed.engine.rng import share_rng
 from hf_speed.errors import ConfigError
+from hf_speed.integrations.accelerate.agreement import watch_batches
+from hf_speed.integrations.accelerate.batches import BatchMesh, gather_samples
+from hf_speed.integrations.accelerate.clipping import engine_to_clip, ids_of
+from hf_speed.integrations.accelerate.loaders import (
+    LoaderOptions,
+    num_last_rows,
+    prepare_shared_loader,
+)
 from hf_speed.integrations.accelerate.optimizer import SpeedOptimizer
+from hf_speed.integrations.accelerate.refusals import (
+    PLUGINS,
+    refuse_backends,
+    refuse_what_has_no_effect,
+)
+from hf_speed.integrations.accelerate.scheduler import SpeedScheduler
 from hf_speed.integrations.accelerate.state import engines_load, engines_save
 from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
 from hf_speed.integrations.transformers.loading import attach
 from hf_speed.integrations.transformers.saving import wrap_save
 from hf_speed.integrations.weights import full_state_dict, write_model
 
-_PLUGINS = ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What working parameters are cast to; "no": each keeps its own dtype."""
 
@@ -60,7 +70,7 @@ class Accelerator(accelerate.Accelerator):
         super().__init__(*args, **kwargs)
         if config is not None:
             # On a CPU accelerate forgets a plugin that it was given, without a word.
-            _refuse_backends({name: kwargs.get(name) for name in _PLUGINS})
+            refuse_backends({name: kwargs.get(name) for name in PLUGINS})
         self._take_config(config)
 
     @classmethod
@@ -87,45 +97,18 @@ class Accelerator(accelerate.Accelerator):
             _COMPUTE_DTYPES.get(self.mixed_precision) if config is not None else None
         )
         self.state_weights: list[tuple[Engine, dict[str, Any]]] | None = None
+        self._batches: BatchMesh | None = None
         if config is None:
             return
         env.check_promised_world()
-        self._refuse_other_backends()
+        refuse_what_has_no_effect(self)
+        self._batches = BatchMesh(config, self.device)
         # The engine scales the loss, and agrees on overflow over the ranks that share a shard.
         self.scaler = None
         if self.mixed_precision == "fp16":
             # accelerate computes fp16 on a CPU without autocast; with it, CPU and GPU run the same
             # casts.
             self.native_amp = True
-
-    def _refuse_other_backends(self) -> None:
-        asked_for = {name: getattr(self.state, name, None) for name in _PLUGINS}
-        _refuse_backends({**asked_for, "parallelism_config": self.parallelism_config})
-        hook = None if self.ddp_handler is None else self.ddp_handler.comm_hook
-        if hook not in (None, DDPCommunicationHookType.NO):
-            raise ConfigError(
-                f"DistributedDataParallelKwargs(comm_hook={hook}) has no effect under hf_speed, "
-                "which reduces gradients itself. Remove it and set precision.reduce_dtype, the "
-                "dtype in which gradients travel, in the hf_speed config."
-            )
-        if self.scaler_handler is not None:
-            raise ConfigError(
-                "GradScalerKwargs has no effect under hf_speed, which scales the loss itself. "
-                "Remove it and set "
-                "precision.loss_scale (initial, window, hysteresis, floor) in the hf_speed config."
-            )
-        if self.mixed_precision == "fp8":
-            raise ConfigError(
-                "mixed_precision='fp8' is not supported by hf_speed. Use 'no', 'bf16' or 'fp16'."
-            )
-        dynamo: Any = self.state.dynamo_plugin
-        if dynamo.backend != DynamoBackend.NO:
-            raise ConfigError(
-                f"torch.compile (dynamo backend {dynamo.backend}) is not "
-                "supported by hf_speed: the "
-                "compiled graph would hold on to parameters that the engine re-points. Leave it "
-                "off."
-            )
 
     @property
     def engines(self) -> list[Engine]:
@@ -171,9 +154,11 @@ class Accelerator(accelerate.Accelerator):
         if engine is not None:
             _check_whole(engine, model)
         elif next(model.parameters(), None) is not None:
-            attach(
+            engine = attach(
                 model, self.hf_speed_config, compute_dtype=self.compute_dtype, device=self.device
             )
+            watch_batches(engine)
+            share_rng(engine.mesh)
             wrap_save(model)
         else:
             model.to(self.device)
@@ -207,7 +192,7 @@ class Accelerator(accelerate.Accelerator):
         if not isinstance(optimizer, SpeedOptimizer) or optimizer.engine in self.engines:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        owners = [engine for engine in self.engines if held & _ids(engine.model.parameters())]
+        owners = [engine for engine in self.engines if held & ids_of(engine.model.parameters())]
         if len(owners) > 1:
             names = ", ".join(type(engine.model).__name__ for engine in owners)
             raise ConfigError(
@@ -218,6 +203,82 @@ class Accelerator(accelerate.Accelerator):
         if owners:
             owners[0].bind_optimizer(optimizer.optimizer)
             optimizer.engine = owners[0]
+
+    # ---- batches ----
+
+    @property
+    def num_batches(self) -> int:
+        """Different batches that the processes see at a time: data-parallel ranks.
+
+        `num_processes` counts all. A step of `batch_size` rows a batch has `num_batches *
+        batch_size`, and a prepared scheduler goes on by `num_batches`.
+        """
+        return self.num_processes if self._batches is None else self._batches.num_batches
+
+    @property
+    def num_sharing(self) -> int:
+        """Processes that see one batch: mesh.pp x mesh.tp."""
+        return 1 if self._batches is None else self._batches.num_sharing
+
+    def prepare_data_loader(
+        self,
+        data_loader: torch.utils.data.DataLoader,
+        device_placement: bool | None = None,  # noqa: FBT001 - accelerate's signature
+        slice_fn_for_dispatch: Any = None,
+    ) -> Any:
+        """As accelerate's; the ranks of one pipeline and its slices get the same rows."""
+        batches = self._batches
+        prepared = getattr(data_loader, "_is_accelerate_prepared", False)
+        if batches is None or not batches.is_shared or prepared:
+            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        placed = self.device_placement if device_placement is None else device_placement
+        options = LoaderOptions(
+            device=self.device,
+            put_on_device=placed,
+            split_batches=self.split_batches,
+            dispatch_batches=self.dispatch_batches,
+            even_batches=self.even_batches,
+            use_seedable_sampler=self.use_seedable_sampler,
+            data_seed=self.dataloader_config.data_seed,
+            non_blocking=self.non_blocking,
+            use_stateful_dataloader=self.use_stateful_dataloader,
+            rng_types=tuple(self.rng_types or ()),
+        )
+        loader = prepare_shared_loader(data_loader, options, batches)
+        self._dataloaders.append(loader)
+        return loader
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """As accelerate's; a step counts the batches that it took, not the processes."""
+        prepared: Any = super().prepare_scheduler(scheduler)
+        if self.num_sharing == 1 or isinstance(prepared, SpeedScheduler):
+            return prepared
+        mine = SpeedScheduler(
+            prepared.scheduler,
+            prepared.optimizers,
+            num_batches=self.num_batches,
+            step_with_optimizer=prepared.step_with_optimizer,
+            split_batches=prepared.split_batches,
+        )
+        self._schedulers[-1] = mine
+        return mine
+
+    def gather_for_metrics(
+        self,
+        input_data: Any,
+        use_gather_object: bool = False,  # noqa: FBT001, FBT002 - accelerate's signature
+    ) -> Any:
+        """As accelerate's: each sample once, also where several processes saw it."""
+        batches = self._batches
+        if batches is None or not batches.is_shared:
+            return super().gather_for_metrics(input_data, use_gather_object)
+        state = self.gradient_state
+        num_rows = (
+            num_last_rows(state.active_dataloader, state.remainder)
+            if state.end_of_dataloader
+            else None
+        )
+        return gather_samples(batches, input_data, num_rows=num_rows, objects=use_gather_object)
 
     # ---- a step ----
 
@@ -315,7 +376,7 @@ class Accelerator(accelerate.Accelerator):
                 all.
         """
         parameters = _listed(parameters)
-        engine = self._engine_of_parameters(parameters)
+        engine = engine_to_clip(self.engines, parameters)
         if engine is None:
             return super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         return engine.clip_grad_norm_(max_norm, norm_type)
@@ -328,39 +389,11 @@ class Accelerator(accelerate.Accelerator):
                 all.
         """
         parameters = _listed(parameters)
-        engine = self._engine_of_parameters(parameters)
+        engine = engine_to_clip(self.engines, parameters)
         if engine is None:
             super().clip_grad_value_(parameters, clip_value)
         else:
             engine.clip_grad_value_(clip_value)
-
-    def _engine_of_parameters(self, parameters: list[Tensor]) -> Engine | None:
-        given = _ids(parameters)
-        found: list[Engine] = []
-        for engine in self.engines:
-            trained = _ids(each for each in engine.model.parameters() if each.requires_grad)
-            held = set[int]()
-            if engine.optimizer is not None:
-                held = _ids(
-                    each for group in engine.optimizer.param_groups for each in group["params"]
-                )
-            if (trained and trained <= given) or (held and held <= given):
-                found.append(engine)
-            elif given & (trained | held):
-                raise ConfigError(
-                    f"Clipping got {len(given & (trained | held))} of the {len(trained)} trainable "
-                    "parameters of "
-                    f"{type(engine.model).__name__}; their gradients live in shards that can be "
-                    "clipped only together. "
-                    f"Pass model.parameters()."
-                )
-        if len(found) > 1:
-            raise ConfigError(
-                f"Clipping got the parameters of {len(found)} prepared models at once. Clip each "
-                "model by itself, or "
-                f"prepare one nn.Module that holds them all."
-            )
-        return found[0] if found else None
 
     # ---- reading and writing ----
 
@@ -427,20 +460,9 @@ class Accelerator(accelerate.Accelerator):
             super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
 
 
-def _refuse_backends(asked_for: Mapping[str, Any]) -> None:
-    for name, value in asked_for.items():
-        if value is not None:
-            raise ConfigError(
-                f"hf_speed and {name}={type(value).__name__} were both asked for, but only one "
-                "can lay out the "
-                f"processes. Remove {name} (an accelerate config or ACCELERATE_USE_* may set "
-                "it), or hf_speed."
-            )
-
-
 def _check_whole(engine: Engine, model: nn.Module) -> None:
     """Refuse a model wrapped after it was prepared: its engine lacks the new parameters."""
-    extra = _ids(model.parameters()) - _ids(engine.model.parameters())
+    extra = ids_of(model.parameters()) - ids_of(engine.model.parameters())
     if extra:
         raise ConfigError(
             f"{type(model).__name__} has {len(extra)} parameters more than the "
@@ -448,10 +470,6 @@ def _check_whole(engine: Engine, model: nn.Module) -> None:
             "which was prepared before. Add adapters and heads first, then prepare the outermost "
             "model once."
         )
-
-
-def _ids(parameters: Iterable[Tensor]) -> set[int]:
-    return {id(parameter) for parameter in parameters}
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

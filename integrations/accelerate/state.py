@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_speed.engine import Engine, engine_of
 from hf_speed.integrations.accelerate.optimizer import SpeedOptimizer
-from hf_speed.integrations.weights import load_model, write_model
+from hf_speed.integrations.weights import load_model, restore_rng, write_model
 
 
 class Host(Protocol):
@@ -78,6 +78,7 @@ def engines_save(accelerator: Host) -> Iterator[None]:
 @contextlib.contextmanager
 def engines_load(accelerator: Host) -> Iterator[None]:
     """While it lasts, accelerate's load_state also reads the engines."""
+    read: list[tuple[Engine, str]] = []
 
     def hook(models: list[nn.Module], directory: str) -> None:
         for engine, home in _directories(accelerator, directory):
@@ -85,11 +86,14 @@ def engines_load(accelerator: Host) -> Iterator[None]:
             if any(engine_of(model) is engine for model in models):
                 load_model(engine, home)
             engine.load(home)
+            read.append((engine, home))
         models[:] = [model for model in models if engine_of(model) is None]
 
     handle = accelerator.register_load_state_pre_hook(hook)
     try:
         with _without_bound_optimizers(accelerator):
             yield
+        for engine, home in read:
+            restore_rng(engine, home)
     finally:
         handle.remove()

@@ -51,8 +51,7 @@ def read_hf_speed(args: Any) -> None:
     if args.parallelism_config is not None:
         raise ConfigError(
             "parallelism_config and hf_speed both lay out the processes. Remove parallelism_config "
-            "and set "
-            "mesh.dp_replicate and mesh.dp_shard in the hf_speed config."
+            "and set mesh.pp, mesh.tp, mesh.dp_replicate and mesh.dp_shard in the hf_speed config."
         )
 
 

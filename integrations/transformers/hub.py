@@ -10,10 +10,10 @@ plan by which the ranks write the files in parallel, each converting only what i
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -31,6 +31,7 @@ from hf_speed.checkpoint import (
     TensorSpec,
     write_model,
 )
+from hf_speed.engine.buffers import persistent_buffers
 from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
 from hf_speed.mesh import AxisGroup
@@ -42,19 +43,61 @@ Tensors = dict[str, Tensor]
 _log = get_logger(__name__)
 
 
+class Stored(NamedTuple):
+    """A tensor that belongs in a saved model.
+
+    Attributes:
+        names: all of them: a tied weight has several.
+        shape: of the whole.
+        dtype: that it has in memory.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class StoredTensors(NamedTuple):
+    """What a saved model is made of, in the model's order."""
+
+    parameters: tuple[Stored, ...]
+    buffers: tuple[Stored, ...]
+
+
+def tensors_of(model: nn.Module) -> StoredTensors:
+    """Of a model that is whole on this rank."""
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+    return StoredTensors(
+        tuple(
+            Stored(tuple(own), tuple(parameters[key].shape), parameters[key].dtype)
+            for key, own in names.items()
+        ),
+        tuple(
+            Stored((name,), tuple(buffer.shape), buffer.dtype)
+            for name, buffer in persistent_buffers(model)
+        ),
+    )
+
+
 def save_hub_model(
     model: nn.Module,
     directory: str | Path,
     parameters: Iterable[tuple[str, Tensor]],
     *,
     world: AxisGroup,
+    buffers: Iterable[tuple[str, Tensor]] | None = None,
     max_shard_bytes: int = 5 * GIB,
     dtype: torch.dtype | None = None,
+    tensors: StoredTensors | None = None,
 ) -> tuple[str, ...]:
     """Save `model` as a Hub model from all ranks at once: weights, index and configs.
 
-    Collective: every rank of `world` calls it. Persistent buffers are taken from the rank that
-    writes their file.
+    Collective: every rank of `world` calls it. Each tensor is taken from the rank that writes its
+    file.
 
     Args:
         model: a PreTrainedModel, or any module (then weights alone are written).
@@ -62,8 +105,10 @@ def save_hub_model(
         parameters: (name, full tensor) of every parameter, as `Engine.full_parameters()` yields
             them; each valid until the next.
         world: the ranks that write.
+        buffers: likewise of every persistent buffer; None: those of `model`.
         max_shard_bytes: largest file, except that a tensor is never cut.
         dtype: of floating-point weights in the files; None: as in the model.
+        tensors: of the whole model, where a rank has only some; None: those of `model`.
 
     Returns:
         Names of the files written.
@@ -71,25 +116,36 @@ def save_hub_model(
     Raises:
         CheckpointError: on every rank; see `write_model` and `plan_hub_model`.
     """
-    plan = plan_hub_model(model, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    plan = plan_hub_model(model, max_shard_bytes=max_shard_bytes, dtype=dtype, tensors=tensors)
 
     def extras(staging: Path) -> None:
         write_configs(model, staging, plan)
 
-    tensors = chain(parameters, persistent_buffers(model))
-    return write_model(directory, plan, tensors, world=world, extras=extras)
+    values = chain(parameters, persistent_buffers(model) if buffers is None else buffers)
+    return write_model(directory, plan, values, world=world, extras=extras)
 
 
 def plan_hub_model(
-    model: nn.Module, *, max_shard_bytes: int = 5 * GIB, dtype: torch.dtype | None = None
+    model: nn.Module,
+    *,
+    max_shard_bytes: int = 5 * GIB,
+    dtype: torch.dtype | None = None,
+    tensors: StoredTensors | None = None,
 ) -> ModelPlan:
     """Plan the files of `model` on the Hub. Reads shapes and dtypes only, never a value.
+
+    Args:
+        model: says by which names and in which layout its tensors are stored.
+        max_shard_bytes: largest file, except that a tensor is never cut.
+        dtype: of floating-point weights in the files; None: as in the model.
+        tensors: of the whole model, where this rank has only some; None: those of `model`.
 
     Raises:
         CheckpointError: adapters or quantized weights, which have a layout of their own.
     """
     _refuse_other_layouts(model)
-    sources, aliases = _sources(model, dtype)
+    tensors = tensors_of(model) if tensors is None else tensors
+    sources, aliases = _sources(model, [*tensors.parameters, *tensors.buffers], dtype)
     convert = _converter(model)
     ignored = [name for name in sources if name in _ignored(model)]
     unsaved = tuple(TensorGroup((name,), (), is_rename=False) for name in ignored)
@@ -107,20 +163,8 @@ def plan_hub_model(
         )
         for file, names in split.filename_to_tensors.items()
     )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(torch.Size(each.shape).numel() for each in tensors.parameters)
     return ModelPlan(files, groups + unsaved, convert, aliases, num_parameters)
-
-
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong in a saved model, by full name."""
-    kept = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name in module._buffers.keys() - module._non_persistent_buffers_set
-    }
-    for name, buffer in model.named_buffers():
-        if name in kept:
-            yield name, buffer
 
 
 def write_configs(model: nn.Module, directory: Path, plan: ModelPlan) -> None:
@@ -143,29 +187,22 @@ def write_configs(model: nn.Module, directory: Path, plan: ModelPlan) -> None:
         model.generation_config.save_pretrained(directory)
 
 
-def _sources(model: nn.Module, dtype: torch.dtype | None) -> tuple[Tensors, dict[str, str]]:
+def _sources(
+    model: nn.Module, tensors: Iterable[Stored], dtype: torch.dtype | None
+) -> tuple[Tensors, dict[str, str]]:
     """Meta tensors of all weights, tied ones once; other names of a parameter -> its own."""
-    names: dict[int, list[str]] = {}
-    parameters: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        parameters[id(parameter)] = parameter
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     sources: Tensors = {}
     aliases: dict[str, str] = {}
-    for key, own in names.items():
+    for stored in tensors:
         # from_pretrained restores the names in `tied` from the others, never the reverse.
-        kept = next((name for name in own if name not in tied), own[0])
-        aliases |= {name: kept for name in own if name != kept}
-        sources[kept] = _meta(parameters[key], dtype)
-    for name, buffer in persistent_buffers(model):
-        sources[name] = _meta(buffer, dtype)
+        kept = next((name for name in stored.names if name not in tied), stored.names[0])
+        aliases |= {name: kept for name in stored.names if name != kept}
+        converted = dtype is not None and stored.dtype.is_floating_point
+        sources[kept] = torch.empty(
+            stored.shape, dtype=dtype if converted else stored.dtype, device="meta"
+        )
     return sources, aliases
-
-
-def _meta(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    target = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
-    return torch.empty(tuple(value.shape), dtype=target, device="meta")
 
 
 def _converter(model: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensors]:

@@ -30,6 +30,7 @@ from hf_speed.config.tree import SpeedConfig
 from hf_speed.engine import Engine
 from hf_speed.errors import ConfigError, ShardedParameterError
 from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
+from hf_speed.integrations.transformers.parallel import check_dividable, slice_planner
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.collectives import all_gather_flat
 from hf_speed.zero.parameter import MOVES, ShardedParameter, moves_nothing, placeholder_of
@@ -73,11 +74,11 @@ class Rows(NamedTuple):
 def from_pretrained(
     auto_class: Any, *args: Any, hf_speed: SpeedConfigLike | None = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """from_pretrained, of which at stage 3 each rank reads only its slices.
+    """from_pretrained, of which each rank reads only its slices where it will not keep the whole.
 
-    Collective. Hand the model to Trainer or Accelerator.prepare next; until then its large
-    parameters raise when read. At stages 0 to 2, and with one process, this is plain
-    from_pretrained.
+    That is at stage 3, in a pipeline (mesh.pp) and with divided layers (mesh.tp). Collective. Hand
+    the model to Trainer or Accelerator.prepare next; until then its large parameters raise when
+    read. Else, and with one process, this is plain from_pretrained.
 
     Args:
         auto_class: AutoModelForCausalLM or another auto class, or a model class.
@@ -92,9 +93,9 @@ def from_pretrained(
     for name in ("device_map", "distributed_config", "tp_plan", "quantization_config"):
         if kwargs.get(name) is not None and wanted:
             raise ConfigError(
-                f"from_pretrained({name}=...) places or packs the weights itself, and zero.stage=3 "
-                "shards them. "
-                f"Leave {name} out, or use zero.stage=2 or lower."
+                f"from_pretrained({name}=...) places or packs the weights itself, and "
+                f"zero.stage=3, mesh.pp and mesh.tp spread them. Leave {name} out, or use "
+                f"zero.stage=2 or lower without mesh.pp and mesh.tp."
             )
     with sliced_loading(wanted=wanted):
         return auto_class.from_pretrained(*args, **kwargs)
@@ -103,7 +104,7 @@ def from_pretrained(
 def from_config(
     auto_class: Any, config: Any, *, hf_speed: SpeedConfigLike | None = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """from_config, by which at stage 3 no rank ever holds the whole model.
+    """from_config, by which no rank ever holds a whole model that it will not keep.
 
     Collective. Weights are drawn a module at a time, from the generator that torch.manual_seed
     seeds: with equal seeds the model does not depend on the number of ranks. (Plain from_config
@@ -134,10 +135,11 @@ def from_config(
 
 
 def slices_wanted(config: SpeedConfig | None) -> bool:
-    """Whether slices save memory: several ranks, and parameters sharded (or maybe so)."""
-    if config is None or config.zero.stage not in (3, None):
+    """Whether slices save memory: several ranks, none of which keeps (or may keep) the whole."""
+    if config is None:
         return False
-    return _world_size() > 1
+    is_divided = config.mesh.pp > 1 or config.mesh.tp > 1
+    return (is_divided or config.zero.stage in (3, None)) and _world_size() > 1
 
 
 def _world_size() -> int:
@@ -291,13 +293,24 @@ def attach(
     compute_dtype: torch.dtype | None,
     device: torch.device,
 ) -> Engine:
-    """Engine.attach, also for models in slices; buffers move to `device` too. Collective."""
+    """Engine.attach, also for models in slices; buffers move to `device` too. Collective.
+
+    Raises:
+        ConfigError: the model cannot be spread as the config says.
+    """
+    check_dividable(model, config)
     rows = _take_rows(model)
     by_name = {name: rows[each] for name, each in model.named_parameters() if each in rows}
     for parameter in rows:
         _to_meta(parameter)
     rows.clear()
-    engine = Engine.attach(model, config, compute_dtype=compute_dtype, device=device)
+    engine = Engine.attach(
+        model,
+        config,
+        compute_dtype=compute_dtype,
+        device=device,
+        slice_planner=slice_planner(config, device),
+    )
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:

@@ -87,7 +87,9 @@ class StepMeter(TrainerCallback):
         tokens = torch.tensor(
             [self._tokens], dtype=torch.int64, device=self._trainer.accelerator.device
         )
-        total = int(self._trainer.accelerator.gather(tokens).sum())
+        accelerator = self._trainer.accelerator
+        # Ranks of one pipeline and its slices have counted the same batch.
+        total = int(accelerator.gather(tokens).sum()) // accelerator.num_sharing
         elapsed_s = time.perf_counter() - self._since
         stats = engine.stats()
         sent = (stats.bytes_sent - self._bytes_before) / self._steps

@@ -7,8 +7,8 @@ transformers' examples end, on every rank, with
     )
 
 where `is_main_process` is for callers that "need to call this function on all processes". Given it,
-all ranks write together, from the masters. Without it a rank may be alone here: at stage 3, where
-none has whole parameters, that is an error.
+all ranks write together, from the masters. Without it a rank may be alone here: at stage 3, in a
+pipeline or with sliced layers, where none has whole parameters, that is an error.
 """
 
 import inspect
@@ -40,7 +40,7 @@ class ShardedSave:
         """The model's own save; collective where `is_main_process` is given and no `state_dict` is.
 
         Raises:
-            ShardedParameterError: at stage 3, where neither is given.
+            ShardedParameterError: where no rank has the whole model and neither is given.
             CheckpointError: on every rank; a file could not be written.
         """
         save: Any = MethodType(getattr(type(self._model), "save_pretrained"), self._model)  # noqa: B009
@@ -56,11 +56,11 @@ class ShardedSave:
             return saved
         if "is_main_process" in given:
             return self._save_together(engine, save, given)
-        if engine.config.stage == 3:
+        if engine.config.stage == 3 or engine.parts.division.is_divided:
             raise ShardedParameterError(
                 f"save_pretrained needs all parameters of {type(self._model).__name__}, which are "
-                f"spread over the ranks (zero.stage=3). Call it on every rank and say so with "
-                f"is_main_process=accelerator.is_main_process, or pass "
+                f"spread over the ranks ({_spread_by(engine)}). Call it on every rank and say so "
+                f"with is_main_process=accelerator.is_main_process, or pass "
                 f"state_dict=accelerator.get_state_dict(model)."
             )
         return save(save_directory, *args, **kwargs)
@@ -96,6 +96,15 @@ class ShardedSave:
         """A copy of the model is a plain model, with its class's method."""
         copied = memo[id(self._model)]
         return MethodType(type(copied).save_pretrained, copied)
+
+
+def _spread_by(engine: Engine) -> str:
+    """The config values that spread a model's parameters."""
+    sizes = engine.mesh.sizes
+    found = [f"mesh.{axis}={sizes[axis]}" for axis in ("pp", "tp") if sizes[axis] > 1]
+    if engine.config.stage == 3:
+        found.append("zero.stage=3")
+    return ", ".join(found)
 
 
 def wrap_save(model: nn.Module) -> None:

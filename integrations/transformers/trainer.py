@@ -1,4 +1,4 @@
-"""The Trainer on an engine: transformers' own loop, with eight of its methods extended.
+"""The Trainer on an engine: transformers' own loop, with some of its methods extended.
 
     Trainer = integrate_trainer(transformers.Trainer)      # or trl.SFTTrainer, or a class of your
     own
@@ -6,8 +6,9 @@
 The Trainer drives its Accelerator; that Accelerator becomes ours
 (create_accelerator_and_postprocess), and from there on training, evaluation, accumulation and
 clipping need nothing here. What is left is what the Trainer reads or writes behind the
-Accelerator's back: weights and optimizer state in checkpoints, one loss factor, and its log lines.
-Every method calls super(), and without a config does nothing else.
+Accelerator's back: weights and optimizer state in checkpoints, one loss factor, its log lines, and
+how many processes see one batch. Every method calls super(), and without a config does nothing
+else.
 """
 
 import functools
@@ -77,12 +78,40 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         return engine_of(self.model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class does, with our callback last: it reads what the others decided."""
+        """As the base class does, with our callback last: it reads what the others decided.
+
+        Raises:
+            ConfigError: the loss is to be computed outside of the model, in a pipeline.
+        """
+        if self.is_hf_speed_enabled:
+            self._check_loss()
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_hf_speed_enabled and self._meter is None:
             self._meter = StepMeter(self)
             self.add_callback(self._meter)
         return prepared
+
+    @property
+    def _num_stages(self) -> int:
+        """Pipeline ranks; 1 without an engine."""
+        config = (
+            self.accelerator.hf_speed_config if isinstance(self.accelerator, Accelerator) else None
+        )
+        return 1 if config is None else config.mesh.pp
+
+    def _check_loss(self) -> None:
+        """Refuse what needs logits in training, where a pipeline returns none."""
+        asked = {
+            f"label_smoothing_factor={self.args.label_smoothing_factor}": self.label_smoother,
+            "compute_loss_func": self.compute_loss_func,
+        }
+        for name, value in asked.items():
+            if value is not None and self._num_stages > 1:
+                raise ConfigError(
+                    f"{name} computes the loss from logits, but in a pipeline (mesh.pp="
+                    f"{self._num_stages}) the model computes it, on its last stage, and returns "
+                    f"nothing else in training. Leave it out, or set mesh.pp=1."
+                )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the base class does; from_pretrained inside it reads slices at stage 3.
@@ -118,6 +147,45 @@ class HfSpeedTrainerMixin(transformers.Trainer):
             require_resumable(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    # ---- ranks of one batch ----
+
+    def get_tp_size(self) -> int:
+        """Processes that see one batch: mesh.pp x mesh.tp; what the base class divides by."""
+        if isinstance(self.accelerator, Accelerator) and self.is_hf_speed_enabled:
+            return self.accelerator.num_sharing
+        return super().get_tp_size()
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """As the base class does; it divides by the ranks of a batch also what it has not summed.
+
+        Without average_tokens_across_devices a rank counts its own batch only.
+        """
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        summed = self.args.average_tokens_across_devices
+        return count if summed or not isinstance(count, Tensor) else count * self.get_tp_size()
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """As the base class does, counting each batch once."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        counted = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + counted // self.get_tp_size()
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does.
+
+        Raises:
+            ConfigError: a sampler that deals rows out to processes.
+        """
+        strategy = getattr(self.args, "train_sampling_strategy", None)
+        if strategy == "batch_rebalance" and self.get_tp_size() > 1:
+            raise ConfigError(
+                f"train_sampling_strategy='batch_rebalance' deals rows out to all "
+                f"{self.args.world_size} processes, but {self.get_tp_size()} of them share a batch "
+                f"(mesh.pp x mesh.tp). Use 'random' or 'group_by_length'."
+            )
+        return super()._get_train_sampler(*args, **kwargs)
+
     # ---- a step ----
 
     def training_step(
@@ -126,10 +194,31 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As the base class does; counts the batch's tokens."""
+        """As the base class does; counts the batch's tokens.
+
+        Raises:
+            ConfigError: a subclass's compute_loss reads what a pipeline does not return.
+        """
         if self._meter is not None:
             self._meter.count(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except (AttributeError, KeyError, TypeError) as error:
+            theirs = self._own_loss_class()
+            if theirs is None or self._num_stages == 1:
+                raise
+            raise ConfigError(
+                f"{theirs}.compute_loss failed with {type(error).__name__}: {error}. In a pipeline "
+                f"(mesh.pp={self._num_stages}) a training forward returns the loss alone, computed "
+                f"by the model on its last stage; logits are None. Read nothing else of the "
+                f"outputs in training, or set mesh.pp=1."
+            ) from error
+
+    def _own_loss_class(self) -> str | None:
+        """The class between this one and transformers' that has a compute_loss of its own."""
+        known = (HfSpeedTrainerMixin, transformers.Trainer)
+        kinds = (kind for kind in type(self).__mro__ if kind not in known)
+        return next((kind.__name__ for kind in kinds if "compute_loss" in vars(kind)), None)
 
     def compute_loss(
         self,
@@ -251,6 +340,16 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         scheduler = Path(checkpoint) / SCHEDULER_NAME
         if scheduler.is_file() and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the base class does; on another mesh the ranks of one batch go on alike.
+
+        The base class goes by processes, of which other ones share a batch there.
+        """
+        super()._load_rng_state(checkpoint)
+        engine = self.speed_engine
+        if engine is not None and checkpoint is not None:
+            weights.restore_rng(engine, checkpoint)
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights into the engine. Collective."""

@@ -102,7 +102,10 @@ def test_the_launcher_carries_a_config_and_the_argument_wins(
         ({"deepspeed": {"train_batch_size": "auto"}}, "hf_speed and deepspeed="),
         ({"fsdp": "full_shard"}, "hf_speed and fsdp="),
         ({"auto_find_batch_size": True}, "Set per_device_train_batch_size yourself"),
-        ({"parallelism_config": object()}, "set mesh.dp_replicate and mesh.dp_shard"),
+        (
+            {"parallelism_config": object()},
+            "set mesh.pp, mesh.tp, mesh.dp_replicate and mesh.dp_shard",
+        ),
     ],
 )
 def test_a_second_backend_is_an_error(

@@ -1,0 +1,171 @@
+"""The Trainer in a pipeline and with divided layers does what it does without them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import BertConfig, BertForSequenceClassification
+
+import hf_speed
+from tests.integrations.toys import (
+    VOCABULARY,
+    arguments,
+    checkpointing,
+    curve,
+    examples,
+    flat,
+    llama,
+    trainer,
+)
+from tests.support import run_ranks
+
+PIPELINE = {"mesh": {"pp": 2}, "zero": {"stage": 2}}
+SLICES = {"mesh": {"tp": 2}, "zero": {"stage": 3}}
+BOTH = {"mesh": {"pp": 2, "tp": 2}, "zero": {"stage": 1}}
+SAME_MATHS = {"rtol": 1e-5, "atol": 1e-7}
+WHOLE = {"per_device_train_batch_size": 4}
+"""Of one process, or of ranks that all share a batch: what two take together."""
+
+
+def _metrics(prediction: Any) -> dict[str, float]:
+    chosen = prediction.predictions[:, :-1].argmax(-1)
+    wanted = prediction.label_ids[:, 1:]
+    counts = wanted != -100
+    return {"accuracy": float((chosen == wanted)[counts].mean()), "rows": float(len(chosen))}
+
+
+def _trained(directory: str, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    made = hf_speed.Trainer(
+        model=llama(num_hidden_layers=4),
+        args=arguments(
+            directory,
+            config,
+            include_num_input_tokens_seen="all",
+            # One row to a batch, so that means over batches are means over rows.
+            per_device_eval_batch_size=1,
+            **options,
+        ),
+        train_dataset=examples(),
+        eval_dataset=examples(7, seed=2),
+        compute_metrics=_metrics,
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    # Stock DDP would train unwrapped after an evaluation; an engine takes over at either.
+    stock_ddp = config is None and dist.get_world_size() > 1
+    before = [] if stock_ddp else [made.evaluate()["eval_loss"]]
+    result = made.train()
+    lines = [line for line in made.state.log_history if "loss" in line]
+    unlabelled = [{"input_ids": row["input_ids"]} for row in examples(5, seed=3)]
+    after = made.evaluate()
+    return {
+        "curve": curve(made),
+        "rates": [line["learning_rate"] for line in lines],
+        "before": before,
+        "losses": [after["eval_loss"], result.training_loss],
+        "metrics": [after["eval_accuracy"], after["eval_rows"]],
+        "predictions": torch.tensor(made.predict(unlabelled).predictions),
+        "tokens": made.state.num_input_tokens_seen,
+        "steps": [made.state.max_steps, made.state.epoch],
+        "speeds": [line.get("tokens_per_second", 0.0) > 0 for line in lines],
+        "batch": made.get_total_train_batch_size(made.args),
+    }
+
+
+def _all_trained(directory: str, cases: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
+    return [_trained(directory, config, options) for config, options in cases]
+
+
+def _assert_same(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    torch.testing.assert_close(flat(mine["curve"]), flat(theirs["curve"]), **SAME_MATHS)
+    torch.testing.assert_close(flat(mine["losses"]), flat(theirs["losses"]), **SAME_MATHS)
+    torch.testing.assert_close(mine["predictions"], theirs["predictions"], rtol=1e-4, atol=1e-5)
+    for key in ("rates", "metrics", "tokens", "steps", "batch"):
+        assert mine[key] == theirs[key], key
+
+
+def test_four_ranks_train_evaluate_and_predict_as_stock_ranks_do(tmp_path: Path) -> None:
+    (two,) = run_ranks(_all_trained, 2, str(tmp_path), [(None, {})])[0]
+    (one,) = run_ranks(_all_trained, 1, str(tmp_path), [(None, WHOLE)])[0]
+    cases = [(PIPELINE, {}), (SLICES, {}), (BOTH, WHOLE)]
+    everyone = run_ranks(_all_trained, 4, str(tmp_path), cases)
+    for pipeline, slices, both in everyone:
+        _assert_same(pipeline, two)
+        _assert_same(slices, two)
+        _assert_same(both, one)
+        for mine, theirs in ((slices, pipeline), (both, one)):
+            torch.testing.assert_close(flat(mine["before"]), flat(theirs["before"]), **SAME_MATHS)
+        assert all(pipeline["speeds"] + slices["speeds"] + both["speeds"])
+    assert one["metrics"][1] == 7
+
+
+def _without_labels_shifted(directory: str, config: Any, options: dict[str, Any]) -> Any:
+    """A model whose loss is a mean over rows, which the Trainer divides by micro-steps."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=VOCABULARY, num_attention_heads=4, num_labels=3, **sizes)
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    rows = [{**row, "labels": torch.tensor(index % 3)} for index, row in enumerate(examples(10))]
+    made = hf_speed.Trainer(
+        model=model,
+        args=arguments(
+            directory,
+            config,
+            # 10 rows: the last step of an epoch has fewer micro-batches, and a smaller one.
+            max_steps=-1,
+            num_train_epochs=2,
+            learning_rate=1e-3,
+            **options,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:5],
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    made.train()
+    predicted = made.predict(rows[:5])
+    return {
+        "curve": curve(made),
+        "predictions": torch.tensor(predicted.predictions),
+        "loss": predicted.metrics["test_loss"],
+    }
+
+
+def _rows(directory: str, cases: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
+    return [_without_labels_shifted(directory, config, options) for config, options in cases]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"average_tokens_across_devices": False},
+    {"max_grad_norm": 0.1, "optim": "sgd"},
+    checkpointing(use_reentrant=False),
+    checkpointing(use_reentrant=True),
+    {"gradient_accumulation_steps": 5, "num_train_epochs": 2, "max_steps": -1},
+    {"label_names": ["labels"], "dataloader_num_workers": 1},
+]
+
+
+def _curves(directory: str, config: Any, options: list[dict[str, Any]]) -> list[Any]:
+    found = []
+    for each in options:
+        made = trainer(directory, config, model=llama(num_hidden_layers=4), **each)
+        made.train()
+        found.append(curve(made))
+    return found
+
+
+def test_options_of_the_trainer_mean_what_they_mean_in_one_process(tmp_path: Path) -> None:
+    options = [WHOLE | each for each in OPTIONS]
+    one = run_ranks(_curves, 1, str(tmp_path), None, options)[0]
+    for config in ({"mesh": {"pp": 2}}, {"mesh": {"tp": 2}}):
+        two = run_ranks(_curves, 2, str(tmp_path), config, options)[0]
+        for mine, theirs in zip(two, one, strict=True):
+            torch.testing.assert_close(flat(mine), flat(theirs), **SAME_MATHS)
+    rows = run_ranks(_rows, 1, str(tmp_path), [(None, WHOLE)])[0]
+    for config in ({"mesh": {"pp": 2}}, {"mesh": {"tp": 2}}):
+        mine = run_ranks(_rows, 2, str(tmp_path), [(config, WHOLE)])[0]
+        torch.testing.assert_close(flat(mine[0]["curve"]), flat(rows[0]["curve"]), **SAME_MATHS)

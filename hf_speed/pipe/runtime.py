@@ -154,10 +154,11 @@ class _Run:
         match action.kind:
             case Kind.FORWARD:
                 self._forward(action)
-            case Kind.BACKWARD | Kind.INPUT:
-                self._backward(action)
-            case Kind.WEIGHT:
-                self._queues.pop(_at(action)).drain()
+            case Kind.BACKWARD | Kind.INPUT | Kind.WEIGHT:
+                # The caller's autocast is for forwards: in a backward it would cast, a second time,
+                # what some forward has computed in fp32 on purpose.
+                with torch.autocast(self._runtime.device.type, enabled=False):
+                    self._backward(action)
             case Kind.UNSHARD:
                 self._runtime.shards.unshard(self._stage(action))
             case Kind.RESHARD:
@@ -257,6 +258,9 @@ class _Run:
 
     def _backward(self, action: Action) -> None:
         at, stage = _at(action), self._stage(action)
+        if action.kind is Kind.WEIGHT:
+            self._queues.pop(at).drain()
+            return
         output = self._outputs.pop(at)
         if stage.is_last:
             gradient = torch.full_like(output, self._scale)

@@ -95,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from hf_speed.engine.pipeline import check_schedule
     from hf_speed.engine.planning import sizes_of
     from hf_speed.engine.shares import shares_of
+    from hf_speed.engine.workload import plan_of
     from hf_speed.integrations.transformers.describe import meta_model
     from hf_speed.integrations.transformers.slice_plan import plan_for
 
@@ -127,7 +128,8 @@ def _run(arguments: argparse.Namespace) -> int:
     asked = arguments.batch is not None or arguments.sequence is not None
     if config.mesh.pp * config.mesh.tp > 1 or asked:
         work = _workload(arguments, model, resolved.pipe, num_ranks=config.mesh.pp)
-        found = plan_mesh(shares, config, resolved, work, device_type=device_type)
+        plan = plan_of(resolved.pipe, work, num_ranks=config.mesh.pp)
+        found = plan_mesh(shares, config, resolved, work, plan=plan, device_type=device_type)
         print(render_mesh(found, work, resolved), end="\n\n")
     states = [estimator.at(stage, chosen) for stage in range(4)]
     print(

@@ -19,7 +19,7 @@ from hf_speed.engine.traffic import (
     sent_for_slices,
     sent_for_stages,
 )
-from hf_speed.engine.workload import Workload, activation_bytes, plan_of
+from hf_speed.engine.workload import Workload, activation_bytes
 from hf_speed.pipe.plan import Plan
 from hf_speed.pipe.simulate import simulate
 
@@ -64,6 +64,7 @@ def plan_mesh(
     resolved: ResolvedConfig,
     workload: Workload,
     *,
+    plan: Plan | None,
     device_type: str = "cuda",
 ) -> MeshPlan:
     """Plan a step on every pipeline rank.
@@ -73,14 +74,9 @@ def plan_mesh(
         config: what the user set.
         resolved: the same with stage and tiers chosen.
         workload: of a step.
+        plan: `plan_of` the workload; None where mesh.pp is 1.
         device_type: where modules compute.
-
-    Raises:
-        ConfigError: the batch has fewer rows than pipe.microbatches.
     """
-    plan = None
-    if resolved.pp > 1:
-        plan = plan_of(resolved.pipe, workload, num_ranks=resolved.pp)
     kept = activation_bytes(
         workload,
         plan,

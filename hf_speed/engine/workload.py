@@ -62,12 +62,14 @@ class Workload(NamedTuple):
         return self.num_rows * self.num_tokens * self.hidden * self.itemsize
 
 
-def plan_of(pipe: ResolvedPipe, workload: Workload, *, num_ranks: int) -> Plan:
-    """The plan that a batch runs, compute actions only.
+def plan_of(pipe: ResolvedPipe, workload: Workload, *, num_ranks: int) -> Plan | None:
+    """The plan that a batch runs, compute actions only; None for one pipeline rank.
 
     Raises:
         ConfigError: it has fewer rows than pipe.microbatches.
     """
+    if num_ranks == 1:
+        return None
     count = choose_count(pipe.microbatches, rows=workload.num_rows, num_ranks=num_ranks)
     return make_plan(pipe.schedule, num_ranks=num_ranks, num_microbatches=count, chunks=pipe.chunks)
 

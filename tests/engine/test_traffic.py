@@ -106,7 +106,7 @@ def _planned(case: Case, pp_rank: int, tp_rank: int, num_data: int) -> Sent:
         NUM_ROWS // num_data, NUM_COLUMNS, HIDDEN, VOCAB, itemsize, recomputes=case.recomputes
     )
     num_ranks = config.mesh.pp
-    plan = plan_of(resolve_pipe(config), work, num_ranks=num_ranks) if num_ranks > 1 else None
+    plan = plan_of(resolve_pipe(config), work, num_ranks=num_ranks)
     estimator = Estimator(share.units, config, world_size=ranks_here())
     gathers = gathers_of(config, plan.rows[pp_rank] if plan is not None else None)
     return Sent(

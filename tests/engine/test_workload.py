@@ -70,10 +70,12 @@ def test_a_schedule_keeps_what_its_simulation_says(schedule: str) -> None:
 
 def test_microbatches_are_those_of_the_config_or_four_a_rank() -> None:
     pipe = resolve_pipe(load_config({"mesh": {"pp": 2}, "pipe": {"microbatches": 3}}))
-    assert plan_of(pipe, WORK, num_ranks=2).num_microbatches == 3
-    assert WORK.rows_of(3) == 6
     left_open = resolve_pipe(load_config({"mesh": {"pp": 2}}))
-    assert plan_of(left_open, WORK, num_ranks=2).num_microbatches == 8
-    assert plan_of(left_open, WORK._replace(num_rows=5), num_ranks=2).num_microbatches == 5
+    for config, num_rows, count in ((pipe, 16, 3), (left_open, 16, 8), (left_open, 5, 5)):
+        plan = plan_of(config, WORK._replace(num_rows=num_rows), num_ranks=2)
+        assert plan is not None
+        assert plan.num_microbatches == count
+    assert plan_of(left_open, WORK, num_ranks=1) is None
+    assert WORK.rows_of(3) == 6
     with pytest.raises(ConfigError, match=r"pipe\.microbatches=3 needs a batch of at least 3"):
         plan_of(pipe, WORK._replace(num_rows=2), num_ranks=2)

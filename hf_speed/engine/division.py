@@ -163,7 +163,7 @@ def divide(
         if sliced is not None and config.tensor.sequence_parallel:
             sliced.divide_between(*(stage.layer_ends for stage in split.stages.values()))
     removed = {name: p for name, p in parameters.items() if not catalogue.is_here(name)}
-    _release(removed)
+    _release(removed, mesh.device)
     return Division(catalogue, names, sliced, split, placement, removed, draws, buffers)
 
 
@@ -217,14 +217,18 @@ def _slice(
     )
 
 
-def _release(removed: Mapping[str, nn.Parameter]) -> None:
+def _release(removed: Mapping[str, nn.Parameter], device: torch.device) -> None:
     """Let go of the values of parameters that are on other ranks."""
     released = released_class({id(parameter): name for name, parameter in removed.items()})
     for parameter in removed.values():
-        if not parameter.is_meta:
-            shape, dtype = tuple(parameter.shape), parameter.dtype
-            placeholder = placeholder_of(shape, dtype=dtype, device=parameter.device)
-            hide(parameter, placeholder, released)
+        place = device if parameter.is_meta else parameter.device
+        placeholder = placeholder_of(parameter.shape, dtype=parameter.dtype, device=place)
+        if parameter.is_meta:
+            # `.data =` refuses to leave the meta device; swapping keeps the object.
+            torch.utils.swap_tensors(
+                parameter, nn.Parameter(placeholder, requires_grad=parameter.requires_grad)
+            )
+        hide(parameter, placeholder, released)
 
 
 def _several(ranks: tuple[int, ...]) -> tuple[int, ...]:

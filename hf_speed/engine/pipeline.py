@@ -134,7 +134,7 @@ class PipelineForward:
             rank=mesh.coordinates["pp"],
             stages=split.stages,
             runner=split.runner,
-            links=Links(mesh, division.placement),
+            links=Links(mesh, division.placement, split.kind),
             switch=self._switch,
             shards=gradients,
             device=mesh.device,

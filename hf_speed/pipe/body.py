@@ -7,8 +7,9 @@
 
 The list is named by the config's `base_model_pp_plan` where there is one, and else it is the list
 of like modules with the most parameters. What stands before it in a module's definition runs before
-it, unless the plan says otherwise; the stand-ins of `stage` check that it does. Modules without
-parameters (rotary tables) stay on every stage, but for dropout.
+it, unless the plan, the model's output embeddings or a name (`final_layer_norm`) say otherwise; the
+stand-ins of `stage` check that it does. Modules without parameters (rotary tables) stay on every
+stage; dropout acts where its place in the forward is.
 """
 
 from collections.abc import Mapping
@@ -36,6 +37,10 @@ class Place(NamedTuple):
         return found
 
 
+LAST_NAMES = ("final", "lm_head")
+"""How names of modules begin that some models define before the layers and use after them."""
+
+
 class Body(NamedTuple):
     """The parts of a model that stages are made of.
 
@@ -44,12 +49,14 @@ class Body(NamedTuple):
         layers: its members, in order.
         before: what runs before them and cannot stand idle on other stages.
         after: what runs after them, likewise.
+        dropout: what may run before them or after them, and draws random numbers.
     """
 
     path: str
     layers: tuple[Place, ...]
     before: tuple[Place, ...]
     after: tuple[Place, ...]
+    dropout: tuple[Place, ...]
 
     def costs(self) -> Costs:
         """Parameters of each part that a token is multiplied with: tables are looked up only."""
@@ -81,10 +88,17 @@ def find_body(model: nn.Module) -> Body:
             f"mesh.pp > 1 needs a list of layers, and {name} has no nn.ModuleList or nn.Sequential "
             f"of two or more modules of one class. Set mesh.pp=1."
         )
-    before, after = _around(model, path, _planned_after(config))
+    last = _planned_after(config)
+    before, after = _around(model, path, last | _heads(model))
     layers = model.get_submodule(path)
     places = tuple(Place(f"{path}.{key}", layers, key) for key in layers._modules)
-    return Body(path, places, tuple(before), tuple(after))
+    return Body(
+        path,
+        places,
+        before=tuple(place for place in before if not _is_dropout(place.module)),
+        after=tuple(place for place in after if not _is_dropout(place.module)),
+        dropout=tuple(place for place in (*before, *after) if _is_dropout(place.module)),
+    )
 
 
 def _planned_list(model: nn.Module, config: Any) -> str | None:
@@ -107,6 +121,17 @@ def _planned_after(config: Any) -> frozenset[str]:
     """Names that the config's plan has after the layers."""
     keys = list(getattr(config, "base_model_pp_plan", None) or ())
     return frozenset(keys[keys.index("layers") + 1 :]) if "layers" in keys else frozenset()
+
+
+def _heads(model: nn.Module) -> frozenset[str]:
+    """Names of the model's own modules that hold its output embeddings."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return frozenset(
+        name
+        for name, module in model.named_children()
+        if head is not None and any(each is head for each in module.modules())
+    )
 
 
 def _largest_list(model: nn.Module) -> str | None:
@@ -145,7 +170,8 @@ def _around(
                 seen = True
             elif module is not None and _matters(module):
                 place = Place(f"{prefix}{name}", parent, name)
-                (later if seen or name in after_by_plan else before).append(place)
+                is_late = seen or name in after_by_plan or name.startswith(LAST_NAMES)
+                (later if is_late else before).append(place)
         after[:0] = later
         parent = parent.get_submodule(key)
     return before, after
@@ -153,8 +179,13 @@ def _around(
 
 def _matters(module: nn.Module) -> bool:
     """Whether a module would do harm, or waste memory, on a stage that it is not on."""
-    dropout = any(isinstance(each, nn.Dropout) for each in module.modules())
-    return dropout or next(module.parameters(), None) is not None
+    return _is_dropout(module) or next(module.parameters(), None) is not None
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    """Whether a module draws random numbers and has no parameters."""
+    draws = any(isinstance(each, nn.Dropout) for each in module.modules())
+    return draws and next(module.parameters(), None) is None
 
 
 def _multiplied(module: nn.Module) -> float:

@@ -19,8 +19,10 @@ from hf_speed.errors import MeshError
 from hf_speed.mesh import AxisGroup, Lane, ParallelMesh
 from hf_speed.mesh.collectives import Pending
 from hf_speed.mesh.messages import receive, send
+from hf_speed.pipe.stage import LayerKind
 
 MAX_DIMS = 6
+HEADER_NUMEL = MAX_DIMS + 3
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 PARTS = 4
@@ -51,10 +53,11 @@ class Links:
     Args:
         mesh: of the run; its `pp` axis.
         placement: stage -> pipeline rank.
-        num_microbatches: most of any run, for tags.
+        kind: of the model's layers; what the stage before has learnt of it comes with a header.
     """
 
-    def __init__(self, mesh: ParallelMesh, placement: Sequence[int]) -> None:
+    def __init__(self, mesh: ParallelMesh, placement: Sequence[int], kind: LayerKind) -> None:
+        self._kind = kind
         self._placement = tuple(placement)
         self._device = mesh.device
         self._journal = mesh.journal
@@ -91,7 +94,8 @@ class Links:
         address = self._address(stage, stage + 1, microbatch)
         if (stage, like) not in self._sent_shapes:
             self._sent_shapes.add((stage, like))
-            self._send(_header(value, self._device), address, 0, self._forward)
+            header = _header(value, self._device, returns_tuple=self._kind.returns_tuple)
+            self._send(header, address, 0, self._forward)
         self._send(value.contiguous(), address, 1, self._forward)
         if generator is not None:
             self._send(generator.to(self._device), address, 2, self._forward)
@@ -110,8 +114,11 @@ class Links:
         address = self._address(stage, stage - 1, microbatch)
         known = self._shapes.get((stage, like))
         if known is None:
-            header = torch.empty(MAX_DIMS + 2, dtype=torch.int64, device=self._device)
-            known = _read(self._receive(header, address, 0, self._forward).wait())
+            header = torch.empty(HEADER_NUMEL, dtype=torch.int64, device=self._device)
+            numbers = self._receive(header, address, 0, self._forward).wait().tolist()
+            code, returns_tuple, dims, *sizes = numbers
+            self._kind.returns_tuple = bool(returns_tuple)
+            known = Shape(tuple(sizes[:dims]), _DTYPES[code])
             self._shapes[stage, like] = known
         buffer = torch.empty(known.shape, dtype=known.dtype, device=self._device)
         value = self._receive(buffer, address, 1, self._forward)
@@ -178,17 +185,12 @@ def signature(inputs: Mapping[str, object]) -> Hashable:
     )
 
 
-def _header(value: Tensor, device: torch.device) -> Tensor:
+def _header(value: Tensor, device: torch.device, *, returns_tuple: bool) -> Tensor:
     if value.dim() > MAX_DIMS or value.dtype not in _DTYPES:
         raise MeshError(
             f"Hidden states of shape {tuple(value.shape)} and {value.dtype} cannot travel between "
             f"stages: at most {MAX_DIMS} dims of a floating-point dtype."
         )
-    numbers = [_DTYPES.index(value.dtype), value.dim(), *value.shape]
-    numbers += [0] * (MAX_DIMS + 2 - len(numbers))
+    numbers = [_DTYPES.index(value.dtype), int(returns_tuple), value.dim(), *value.shape]
+    numbers += [0] * (HEADER_NUMEL - len(numbers))
     return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-
-def _read(header: Tensor) -> Shape:
-    code, dims, *sizes = header.tolist()
-    return Shape(tuple(sizes[:dims]), _DTYPES[code])

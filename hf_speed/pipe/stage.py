@@ -25,6 +25,24 @@ from hf_speed.errors import ConfigError, EngineError
 from hf_speed.pipe.body import Body, Place
 
 
+class LayerKind:
+    """What is known of all layers of a model.
+
+    Attributes:
+        returns_tuple: whether they return a tuple, whose first member is the hidden states. Learnt
+            from a layer that runs here, or from the stage before; until then, what they declare.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        said = inspect.signature(type(layer).forward).return_annotation
+        text = said if isinstance(said, str) else getattr(said, "__name__", str(said))
+        self.returns_tuple = "tuple" in str(text).lower()
+
+    def look_at(self, module: nn.Module, args: object, output: object) -> None:  # noqa: ARG002
+        """A forward hook of a layer."""
+        self.returns_tuple = isinstance(output, tuple)
+
+
 class Passage:
     """What passes through one run of a stage.
 
@@ -58,7 +76,7 @@ class LayerElsewhere(nn.Module):
         index: of the layer.
         takes: it follows the stage's last layer: what it is given is the stage's result.
         gives: it is the first of all: it gives what was received.
-        returns_tuple: the layer's forward returns a tuple.
+        kind: of the layers.
         passage: of the stage.
     """
 
@@ -69,7 +87,7 @@ class LayerElsewhere(nn.Module):
         *,
         takes: bool,
         gives: bool,
-        returns_tuple: bool,
+        kind: LayerKind,
         passage: Passage,
     ) -> None:
         super().__init__()
@@ -80,7 +98,7 @@ class LayerElsewhere(nn.Module):
         self._index = index
         self._takes = takes
         self._gives = gives
-        self._returns_tuple = returns_tuple
+        self._kind = kind
         self._passage = passage
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +114,7 @@ class LayerElsewhere(nn.Module):
             if hasattr(value, "get_seq_length") and hasattr(value, "update"):
                 empty = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
                 value.update(empty, empty, self._index)
-        return (hidden,) if self._returns_tuple else hidden
+        return (hidden,) if self._kind.returns_tuple else hidden
 
 
 class Elsewhere(nn.Module):
@@ -141,6 +159,33 @@ class Elsewhere(nn.Module):
             floating = next((each for each in given if each.is_floating_point()), None)
             return passage.received.detach() if floating is None else floating
         return given[0]
+
+
+class DropoutSomewhere(nn.Module):
+    """Dropout around the layers: acts before them on the first stage, after them on the last.
+
+    Elsewhere its numbers would be drawn for values that are thrown away.
+
+    Args:
+        module: the dropout.
+        is_first: its stage is the first.
+        is_last: its stage is the last.
+        passage: of the stage.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, is_first: bool, is_last: bool, passage: Passage
+    ) -> None:
+        super().__init__()
+        self._dropout = module
+        self._is_first = is_first
+        self._is_last = is_last
+        self._passage = passage
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The values as they are, or with dropout."""
+        acts = self._is_last if self._passage.in_layers else self._is_first
+        return self._dropout(x) if acts else x
 
 
 class Swap(NamedTuple):
@@ -296,14 +341,14 @@ class SplitModel(NamedTuple):
 
     Attributes:
         stages: by index.
+        kind: of its layers.
         runner: calls the model as one of them.
-        removed: modules that are on other ranks, in model order.
         undo: puts every module back.
     """
 
     stages: Mapping[int, Stage]
+    kind: LayerKind
     runner: StageRunner
-    removed: tuple[nn.Module, ...]
     undo: Callable[[], None]
 
 
@@ -319,26 +364,29 @@ def split_model(
         local: the stages of this rank.
     """
     originals = [(place, place.module) for place in (*body.before, *body.layers, *body.after)]
-    stages = {index: _make_stage(body, counts, index) for index in local}
+    kind = LayerKind(body.layers[0].module)
+    stages = {index: _make_stage(body, counts, index, kind) for index in local}
     runner = StageRunner(model, min(local))
     kept = {id(module) for stage in stages.values() for module in stage.modules}
     for stage in stages.values():
         for place, module in stage.swaps:
-            if id(place.module) not in kept:
+            if id(place.module) not in kept and place not in body.dropout:
                 place.parent._modules[place.key] = module
-    removed = tuple(module for _, module in originals if id(module) not in kept)
+    # At whichever layer runs first on this rank.
+    handles = [stage.layer_ends[0].register_forward_hook(kind.look_at) for stage in stages.values()]
 
     def undo() -> None:
+        for handle in handles:
+            handle.remove()
         for place, module in originals:
             place.parent._modules[place.key] = module
 
-    return SplitModel(stages, runner, removed, undo)
+    return SplitModel(stages, kind, runner, undo)
 
 
-def _make_stage(body: Body, counts: Sequence[int], index: int) -> Stage:
+def _make_stage(body: Body, counts: Sequence[int], index: int, kind: LayerKind) -> Stage:
     passage = Passage()
     first, last = sum(counts[:index]), sum(counts[: index + 1])
-    returns_tuple = _returns_tuple(body.layers[0].module)
     is_first, is_last = index == 0, index == len(counts) - 1
 
     def outside(places: Sequence[Place], *, here: bool, comes_first: bool) -> Iterator[Swap]:
@@ -355,18 +403,14 @@ def _make_stage(body: Body, counts: Sequence[int], index: int) -> Stage:
                 number,
                 takes=number == last,
                 gives=number == 0,
-                returns_tuple=returns_tuple,
+                kind=kind,
                 passage=passage,
             )
         swaps.append(Swap(place, module))
     swaps += outside(body.after, here=is_last, comes_first=False)
     own = [module for place, module in swaps if module is place.module]
+    for place in body.dropout:
+        acts = DropoutSomewhere(place.module, is_first=is_first, is_last=is_last, passage=passage)
+        swaps.append(Swap(place, acts))
     ends = (body.layers[first].module, body.layers[last - 1].module)
     return Stage(index, len(counts), swaps=swaps, modules=own, layer_ends=ends, passage=passage)
-
-
-def _returns_tuple(layer: nn.Module) -> bool:
-    """Whether a layer's forward returns a tuple whose first member is the hidden states."""
-    said = inspect.signature(type(layer).forward).return_annotation
-    text = said if isinstance(said, str) else getattr(said, "__name__", str(said))
-    return "tuple" in str(text).lower()

@@ -20,7 +20,7 @@ from tests.engine.toys import toy_model
         (
             "gpt2",
             "transformer.h",
-            ["transformer.wte", "transformer.wpe", "transformer.drop"],
+            ["transformer.wte", "transformer.wpe"],
             ["transformer.ln_f", "lm_head"],
         ),
         ("bert", "bert.encoder.layer", ["bert.embeddings"], ["cls"]),
@@ -34,6 +34,21 @@ def test_layers_and_what_is_around_them_are_found(
     assert [place.path for place in body.layers] == [f"{layers}.0", f"{layers}.1"]
     assert [place.path for place in body.before] == before
     assert [place.path for place in body.after] == after
+
+
+def test_dropout_acts_on_one_stage_wherever_it_is_defined() -> None:
+    model = toy_model("gpt2", embd_pdrop=0.5).train()
+    body = find_body(model)
+    assert [place.path for place in body.dropout] == ["transformer.drop"]
+    tokens = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
+    drawn = []
+    for local, received in ((0, None), (1, torch.ones(1, 4, 16))):
+        split = split_model(model, body, (1, 1), [local])
+        before = torch.get_rng_state()
+        split.runner(split.stages[local], tokens, received)
+        drawn.append(not torch.equal(before, torch.get_rng_state()))
+        split.undo()
+    assert drawn == [True, False]
 
 
 def test_tables_cost_nothing_and_a_head_what_it_multiplies() -> None:

@@ -4,6 +4,7 @@ The engine cuts modules; which of a model's answers need all layers at once, and
 divided, is known here.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ def check_dividable(model: nn.Module, config: SpeedConfig) -> None:
     """Refuse what would be wrong, without an error, of a model that is taken apart.
 
     Raises:
-        ConfigError: adapters; or an answer that is made of all layers, under a pipeline.
+        ConfigError: adapters; a head that another library has fused; or, in a pipeline, an answer
+            that is made of all layers.
     """
     pp, tp = config.mesh.pp, config.mesh.tp
     if pp == 1 and tp == 1:
@@ -35,6 +37,12 @@ def check_dividable(model: nn.Module, config: SpeedConfig) -> None:
             f"{type(model).__name__} carries PEFT adapters, which hf_speed can neither deal out "
             f"nor divide ({sizes}). Set mesh.pp=1 and mesh.tp=1: zero.stage=3 spreads the frozen "
             f"base over the ranks as well."
+        )
+    if "fused_lm_head" in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"TRL gave {type(model).__name__} a fused head that reads lm_head.weight by itself, "
+            f"which is on the last stage or in slices ({sizes}). Set mesh.pp=1 and mesh.tp=1, or "
+            f"train with hf_speed.Trainer."
         )
     told: Any = getattr(model, "config", None)
     text = told.get_text_config() if hasattr(told, "get_text_config") else told

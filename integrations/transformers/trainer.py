@@ -100,7 +100,16 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         return 1 if config is None else config.mesh.pp
 
     def _check_loss(self) -> None:
-        """Refuse what needs logits in training, where a pipeline returns none."""
+        """Refuse losses that are computed where the model's parts are not.
+
+        A pipeline returns no logits in training, and Liger's kernels read whole weights.
+        """
+        if self.args.use_liger_kernel and self.get_tp_size() > 1:
+            raise ConfigError(
+                "use_liger_kernel=True computes the loss from the whole weight of the head, which "
+                "is on the last stage or in slices (mesh.pp, mesh.tp). Leave it out: with mesh.tp "
+                "the loss is computed from slices of the logits."
+            )
         asked = {
             f"label_smoothing_factor={self.args.label_smoothing_factor}": self.label_smoother,
             "compute_loss_func": self.compute_loss_func,

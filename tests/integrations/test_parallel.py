@@ -9,6 +9,7 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_speed
+from hf_speed.errors import HfSpeedError
 from tests.integrations.toys import (
     VOCABULARY,
     arguments,
@@ -100,43 +101,28 @@ def test_four_ranks_train_evaluate_and_predict_as_stock_ranks_do(tmp_path: Path)
     assert one["metrics"][1] == 7
 
 
-def _without_labels_shifted(directory: str, config: Any, options: dict[str, Any]) -> Any:
+def _classified(directory: str, config: Any) -> dict[str, Any]:
     """A model whose loss is a mean over rows, which the Trainer divides by micro-steps."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = BertForSequenceClassification(
-        BertConfig(vocab_size=VOCABULARY, num_attention_heads=4, num_labels=3, **sizes)
+        BertConfig(vocab_size=VOCABULARY, num_attention_heads=4, num_labels=3, **sizes, **drops)
     )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     rows = [{**row, "labels": torch.tensor(index % 3)} for index, row in enumerate(examples(10))]
+    # 10 rows: the last step of an epoch has one micro-batch, and that is a smaller one.
+    options = WHOLE | {"max_steps": -1, "num_train_epochs": 2, "learning_rate": 1e-3}
     made = hf_speed.Trainer(
-        model=model,
-        args=arguments(
-            directory,
-            config,
-            # 10 rows: the last step of an epoch has fewer micro-batches, and a smaller one.
-            max_steps=-1,
-            num_train_epochs=2,
-            learning_rate=1e-3,
-            **options,
-        ),
-        train_dataset=rows,
-        eval_dataset=rows[:5],
+        model=model, args=arguments(directory, config, **options), train_dataset=rows
     )
     made.remove_callback(transformers.PrinterCallback)
     made.train()
     predicted = made.predict(rows[:5])
     return {
         "curve": curve(made),
-        "predictions": torch.tensor(predicted.predictions),
+        "predictions": predicted.predictions.tolist(),
         "loss": predicted.metrics["test_loss"],
     }
-
-
-def _rows(directory: str, cases: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
-    return [_without_labels_shifted(directory, config, options) for config, options in cases]
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -145,27 +131,79 @@ OPTIONS: list[dict[str, Any]] = [
     checkpointing(use_reentrant=False),
     checkpointing(use_reentrant=True),
     {"gradient_accumulation_steps": 5, "num_train_epochs": 2, "max_steps": -1},
-    {"label_names": ["labels"], "dataloader_num_workers": 1},
 ]
 
 
-def _curves(directory: str, config: Any, options: list[dict[str, Any]]) -> list[Any]:
-    found = []
-    for each in options:
-        made = trainer(directory, config, model=llama(num_hidden_layers=4), **each)
-        made.train()
-        found.append(curve(made))
+class _LossOfLogits(hf_speed.Trainer):
+    """A user's Trainer, whose loss is made of the outputs."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten())
+
+
+def _sum_of_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return total / num_items_in_batch
+
+
+def _losses_of_ones_own(directory: str, config: Any) -> list[Any]:
+    """Curves of three losses that are computed outside of the model, or why there are none."""
+    found: list[Any] = []
+    for options, own, kind in (
+        ({"label_smoothing_factor": 0.1}, {}, hf_speed.Trainer),
+        ({}, {"compute_loss_func": _sum_of_losses}, hf_speed.Trainer),
+        ({}, {}, _LossOfLogits),
+    ):
+        made = kind(
+            model=llama(num_hidden_layers=4),
+            args=arguments(directory, config, **WHOLE, **options, max_steps=2),
+            train_dataset=examples(),
+            **own,
+        )
+        made.remove_callback(transformers.PrinterCallback)
+        try:
+            made.train()
+        except HfSpeedError as error:
+            found.append(str(error))
+        else:
+            found.append(curve(made))
     return found
 
 
+def _optioned(directory: str, config: Any) -> dict[str, Any]:
+    found = []
+    for options in OPTIONS:
+        made = trainer(
+            directory,
+            config,
+            model=llama(num_hidden_layers=4),
+            **(WHOLE | {"max_steps": 2} | options),
+        )
+        made.train()
+        found.append(curve(made))
+    return {
+        "curves": found,
+        "classified": _classified(directory, config),
+        "own": _losses_of_ones_own(directory, config),
+    }
+
+
 def test_options_of_the_trainer_mean_what_they_mean_in_one_process(tmp_path: Path) -> None:
-    options = [WHOLE | each for each in OPTIONS]
-    one = run_ranks(_curves, 1, str(tmp_path), None, options)[0]
-    for config in ({"mesh": {"pp": 2}}, {"mesh": {"tp": 2}}):
-        two = run_ranks(_curves, 2, str(tmp_path), config, options)[0]
-        for mine, theirs in zip(two, one, strict=True):
+    one = run_ranks(_optioned, 1, str(tmp_path), None)[0]
+    pipeline = run_ranks(_optioned, 2, str(tmp_path), {"mesh": {"pp": 2}})[0]
+    slices = run_ranks(_optioned, 2, str(tmp_path), {"mesh": {"tp": 2}})[0]
+    for two in (pipeline, slices):
+        for mine, theirs in zip(two["curves"], one["curves"], strict=True):
             torch.testing.assert_close(flat(mine), flat(theirs), **SAME_MATHS)
-    rows = run_ranks(_rows, 1, str(tmp_path), [(None, WHOLE)])[0]
-    for config in ({"mesh": {"pp": 2}}, {"mesh": {"tp": 2}}):
-        mine = run_ranks(_rows, 2, str(tmp_path), [(config, WHOLE)])[0]
-        torch.testing.assert_close(flat(mine[0]["curve"]), flat(rows[0]["curve"]), **SAME_MATHS)
+        for key, value in one["classified"].items():
+            mine = two["classified"][key]
+            torch.testing.assert_close(flat(mine), flat(value), rtol=2e-5, atol=1e-6)
+    for mine, theirs in zip(slices["own"][:2], one["own"][:2], strict=True):
+        torch.testing.assert_close(flat(mine), flat(theirs), **SAME_MATHS)
+    assert "reads the logits of a training step" in slices["own"][2]
+    smoothed, function, own = pipeline["own"]
+    assert "label_smoothing_factor=0.1 computes the loss from logits" in smoothed
+    assert "compute_loss_func computes the loss from logits" in function
+    assert "_LossOfLogits.compute_loss failed with TypeError" in own

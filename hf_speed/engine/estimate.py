@@ -248,8 +248,8 @@ class Estimator:
     def _in_flight(self, stage: int, tiers: Tiers, *, accumulates: bool) -> int:
         """Device bytes of what passes through, in buffers that are used again for equal sizes.
 
-        A pipeline first computes, with its sums and parameters here, then lets the parameters go,
-        then reduces the sums: the larger of the two counts.
+        A pipeline first computes: forwards, then with its sums here. Then it lets the parameters go
+        and reduces the sums. The largest of the three counts.
         """
         sums = self._is_pipeline or (accumulates and stage < 2)
         here = self._gathered(stage, tiers)
@@ -266,7 +266,7 @@ class Estimator:
         reducing = most_alive(backward[:-1], backward[-1], fills=not self._is_pipeline)
         if self._is_pipeline:
             here.update(each.summed for unit in backward for each in unit if each.summed)
-            most = shown + (here | reducing)
+            most = shown + (self._gathered(stage, tiers, num_kept=1) | here | reducing)
         else:
             most = here + reducing
         num_bytes = sum(count * size.numel * size.itemsize for size, count in most.items())
@@ -304,8 +304,14 @@ class Estimator:
         shows = group.accumulate == group.master and not self._streams(tiers)
         return self._is_pipeline and shows
 
-    def _gathered(self, stage: int, tiers: Tiers) -> Counter[Buffer]:
-        """Buffers of gathered values: those that stay, and those of a few units at a time."""
+    def _gathered(self, stage: int, tiers: Tiers, *, num_kept: int = 0) -> Counter[Buffer]:
+        """Buffers of gathered values: those that stay, and those of a few units at a time.
+
+        Args:
+            stage: 0 to 3.
+            tiers: of model states.
+            num_kept: units besides, which an earlier forward has kept for its backward.
+        """
         zero, stays, passes = self._config.zero, Counter[Buffer](), Counter[Buffer]()
         all_stay = self._is_pipeline and (self._config.pipe.gather == "step" or not zero.regather)
         for unit in (*self._blocks, self._root):
@@ -317,12 +323,9 @@ class Estimator:
                     stays[size] += 1
                 elif zero.regather:
                     passes[size] += 1
-        num_ahead = zero.prefetch_units + 1
+        num_ahead = zero.prefetch_units + 1 + num_kept
         if zero.prefetch_units and self._leaves(tiers.parameters):
             num_ahead += FETCHES_AHEAD
-        if self._is_pipeline:
-            # The last unit stays after a forward, and another forward may follow.
-            num_ahead += 1
         return stays + Counter({size: min(count, num_ahead) for size, count in passes.items()})
 
     def _leaves(self, tier: str) -> bool:

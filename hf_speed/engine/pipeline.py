@@ -240,8 +240,7 @@ class PipelineForward:
         if kind is None or kind is Tensor:
             value = torch.cat(outputs) if outputs and outputs[0].dim() else _total(outputs)
             return self._share(value)
-        logits = [each.logits for each in outputs if getattr(each, "logits", None) is not None]
-        values: dict[str, Any] = {"logits": self._share(torch.cat(logits) if logits else None)}
+        values: dict[str, Any] = self._share_fields(kind, outputs)
         if any("label" in name for name in inputs):
             losses = [
                 batches.loss_of(each, weight=part.weight)
@@ -251,6 +250,20 @@ class PipelineForward:
         if caches:
             values["past_key_values"] = inputs.get("past_key_values", self._split.runner.cache)
         return kind(**values)
+
+    def _share_fields(self, kind: type, outputs: Sequence[Any]) -> dict[str, Tensor | None]:
+        """The tensors of rows in what the last stage returned, by name, on every rank."""
+        fields = getattr(kind, "__dataclass_fields__", ("logits",))
+        names = [name for name in fields if name not in _APART]
+        pieces: dict[str, list[Any]] = {
+            name: [getattr(each, name, None) for each in outputs] for name in names
+        }
+        there = [
+            bool(found) and all(_has_rows(each) for each in found) for found in pieces.values()
+        ]
+        flags = torch.tensor(there, dtype=torch.uint8, device=self._mesh.device)
+        shared = [name for name, flag in zip(names, self._from_last(flags), strict=True) if flag]
+        return {name: self._share(torch.cat(pieces[name]) if outputs else None) for name in shared}
 
     def _check_cache(self, inputs: Mapping[str, Any]) -> None:
         """Refuse a key-value cache that the stages of this rank cannot each follow."""
@@ -351,6 +364,10 @@ class PipelineForward:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
+_APART = ("loss", "past_key_values")
+"""Fields of a model's output that are not its rows' and come in another way."""
+
+
 class _Loss(NamedTuple):
     """A loss whose backward() has not been called.
 
@@ -379,6 +396,10 @@ class _Committed(torch.autograd.Function):
 
 def _total(losses: Sequence[Tensor]) -> Tensor | None:
     return torch.stack([each.float() for each in losses]).sum() if losses else None
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _source(kind: type) -> str:

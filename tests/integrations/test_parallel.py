@@ -6,7 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 import hf_speed
 from hf_speed.errors import HfSpeedError
@@ -125,6 +129,16 @@ def _classified(directory: str, config: Any) -> dict[str, Any]:
     }
 
 
+def _headless(directory: str, config: Any) -> list[list[list[float]]]:
+    """Predictions of a model without a head: hidden states, and the pooled ones."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    model = BertModel(BertConfig(vocab_size=VOCABULARY, num_attention_heads=4, **sizes))
+    rows = [{"input_ids": row["input_ids"]} for row in examples(5)]
+    made = hf_speed.Trainer(model=model, args=arguments(directory, config))
+    return [each.tolist() for each in made.predict(rows).predictions]
+
+
 OPTIONS: list[dict[str, Any]] = [
     {"average_tokens_across_devices": False},
     {"max_grad_norm": 0.1, "optim": "sgd"},
@@ -186,6 +200,7 @@ def _optioned(directory: str, config: Any) -> dict[str, Any]:
     return {
         "curves": found,
         "classified": _classified(directory, config),
+        "headless": _headless(directory, config),
         "own": _losses_of_ones_own(directory, config),
     }
 
@@ -197,6 +212,8 @@ def test_options_of_the_trainer_mean_what_they_mean_in_one_process(tmp_path: Pat
     for two in (pipeline, slices):
         for mine, theirs in zip(two["curves"], one["curves"], strict=True):
             torch.testing.assert_close(flat(mine), flat(theirs), **SAME_MATHS)
+        for mine, theirs in zip(two["headless"], one["headless"], strict=True):
+            torch.testing.assert_close(flat(mine), flat(theirs), rtol=1e-4, atol=1e-5)
         for key, value in one["classified"].items():
             mine = two["classified"][key]
             torch.testing.assert_close(flat(mine), flat(value), rtol=2e-5, atol=1e-6)

@@ -101,11 +101,15 @@ class Access:
     def _keep_changes(self, group: FlatGroup, old: Tensor | None) -> None:
         if group.full is None:
             return
-        broadcast_flat(
-            group.full.view(torch.uint8),
-            group=self._parts.mesh.axis("dp_replicate", "dp_shard"),
-            journal=self._parts.mesh.journal,
-        )
+        mesh = self._parts.mesh
+        ranks = [mesh.axis("dp_replicate", "dp_shard")]
+        if group.is_repeated:
+            ranks.append(mesh.axis("tp"))
+        if group.axes.num_sharers > 1:
+            # Copies of a tied weight, or of heads that several slices have.
+            ranks.append(group.axes.replica)
+        for each in ranks:
+            broadcast_flat(group.full.view(torch.uint8), group=each, journal=mesh.journal)
         new = group.part_of(group.full)
         with group.in_memory(modify=True):
             if old is None:
@@ -138,10 +142,7 @@ class Access:
         """Of whole values; where others hold them, as their precision says."""
         if local is not None:
             return local.dtype
-        record = self.record(name)
-        dtypes = self._parts.precision.dtypes_for(
-            record.name, record.dtype, trainable=record.trainable
-        )
+        dtypes = self._parts.dtypes_of(name)
         return dtypes.master if master else dtypes.compute
 
     def _full_values(self, group: FlatGroup, *, master: bool) -> Tensor:
@@ -276,13 +277,19 @@ class Access:
             set_parts(place.group, place.slot, local, state_of)
 
     def _require_state(self, name: str, key: str, optimizer: torch.optim.Optimizer) -> None:
-        """Raise on every rank if the optimizer keeps no `key` for the parameters here."""
-        known = {
+        """Raise on every rank if the optimizer keeps no `key` for any parameter. Collective."""
+        mine = {
             each
             for group in self._parts.groups
             for piece in group.pieces
             for each in optimizer.state.get(piece, {})
         }
+        world = self._parts.mesh.world
+        everyone = [mine] * world.size
+        if not world.is_identity:
+            # A stage may have nothing that is trained; it must not go on alone.
+            torch.distributed.all_gather_object(everyone, mine, group=world.group)
+        known = set().union(*everyone)
         if known and key not in known:
             raise EngineError(
                 f"{type(optimizer).__name__} keeps no {key!r} for {name}; it keeps {sorted(known)}."

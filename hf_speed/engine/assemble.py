@@ -30,7 +30,7 @@ from hf_speed.zero.parameter import ShardedParameter, released_class
 from hf_speed.zero.pool import BufferPool
 from hf_speed.zero.precision import LossScaler, PrecisionPlan, precision_table
 from hf_speed.zero.reduce import Reducer
-from hf_speed.zero.spec import GroupAxes, GroupSpec, Sharing
+from hf_speed.zero.spec import Dtypes, GroupAxes, GroupSpec, Sharing
 from hf_speed.zero.step import StepAxes, Stepper
 from hf_speed.zero.units import plan_units
 
@@ -62,6 +62,11 @@ class Parts(NamedTuple):
     def whole_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """The shape of a parameter in the whole model."""
         return self.catalogue.record(self.division.names[id(parameter)]).shape
+
+    def dtypes_of(self, name: str) -> Dtypes:
+        """The dtypes of a parameter, which another rank may hold."""
+        record = self.catalogue.record(name)
+        return self.precision.dtypes_for(record.name, record.dtype, trainable=record.trainable)
 
 
 class Callbacks(NamedTuple):

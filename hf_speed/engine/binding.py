@@ -1,6 +1,7 @@
 """The user's optimizer while an engine serves it."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from hf_speed.engine.whole import Wholes
 from hf_speed.errors import EngineError
 from hf_speed.zero.elementwise import require_elementwise
 from hf_speed.zero.group import FlatGroup
-from hf_speed.zero.states import tensor_states, whole_tensor
+from hf_speed.zero.states import holdings, tensor_states, whole_tensor
 from hf_speed.zero.step import repoint
 
 
@@ -54,35 +55,28 @@ class OptimizerBinding:
             group["params"][:] = params
 
     def _restore_states(self) -> None:
-        """Turn the states of pieces into states of whole parameters, kind by kind."""
-        kinds = self._kinds()
+        """Turn the states of pieces into states of whole parameters, kind by kind. Collective."""
+        kept = self._kept()
         division = self._parts.division
         places = {
             slot.name: (group, index)
             for group in self._parts.groups
             for index, slot in enumerate(group.layout.slots)
         }
-        for name, record in self._parts.catalogue.records.items():
+        for name in self._parts.catalogue.records:
             group, index = places.get(name, (None, 0))
-            if not record.trainable or (
-                not division.is_divided and group is not None and group.whole
-            ):
+            if name not in kept or (not division.is_divided and group is not None and group.whole):
                 continue
             parameter = division.removed[name] if group is None else group.entries[index].parameter
-            states = {kind: self._whole_state(name, kind, group, index) for kind in kinds}
-            whole = {kind: value for kind, value in states.items() if value is not None}
-            scalars = self._scalars(None if group is None else _piece_of(group, index))
-            if whole or scalars:
-                self.optimizer.state[parameter] = {**scalars, **whole}
+            whole = {kind: self._whole_state(name, kind, group, index) for kind in kept[name].kinds}
+            self.optimizer.state[parameter] = {**self._counters(kept[name]), **whole}
         for group in self._parts.groups:
             for piece in () if group.whole else group.pieces:
                 self.optimizer.state.pop(piece, None)
 
-    def _whole_state(
-        self, name: str, kind: str, group: FlatGroup | None, index: int
-    ) -> Tensor | None:
+    def _whole_state(self, name: str, kind: str, group: FlatGroup | None, index: int) -> Tensor:
         """One state of one whole parameter. Collective."""
-        local, dtype = None, self._parts.catalogue.record(name).dtype
+        local = None
         if group is not None:
             with self._parts.stepper.exposed(group):
                 local = whole_tensor(
@@ -92,44 +86,57 @@ class OptimizerBinding:
                     dtype=group.dtypes.master,
                     journal=self._parts.mesh.journal,
                 )
-            dtype = local.dtype
-        return self._wholes.assemble(name, local, dtype=dtype)
+        return self._wholes.assemble(name, local, dtype=self._parts.dtypes_of(name).master)
 
-    def _kinds(self) -> list[str]:
-        """Kinds of tensor state that any rank keeps, in an order that all ranks share."""
-        mine = {
-            kind
-            for group in self._parts.groups
-            for piece in group.pieces
-            for kind in tensor_states(self.optimizer, piece)
-        }
-        return sorted(_union(mine, self._parts))
+    def _kept(self) -> "dict[str, _Kept]":
+        """What any rank's optimizer keeps of each parameter, alike on all ranks. Collective."""
+        mine: dict[str, _Kept] = {}
+        for holding in holdings(self._parts.groups):
+            state = self.optimizer.state.get(holding.piece, {})
+            kinds = sorted(tensor_states(self.optimizer, holding.piece))
+            counters = {
+                key: _Counter.of(value)
+                for key, value in state.items()
+                if not (isinstance(value, Tensor) and value.dim())
+            }
+            if kinds or counters:
+                mine[holding.slot.name] = _Kept(tuple(kinds), counters)
+        world = self._parts.mesh.world
+        everyone = [mine] * world.size
+        if not world.is_identity:
+            torch.distributed.all_gather_object(everyone, mine, group=world.group)
+        # Of a parameter with pieces on several ranks the first one's count.
+        return {name: each for kept in everyone[::-1] for name, each in kept.items()}
 
-    def _scalars(self, piece: nn.Parameter | None) -> dict[str, object]:
-        """Counters of a piece; a rank without one takes them from another of its pieces."""
-        candidates = [piece] if piece is not None else []
-        candidates += [each for group in self._parts.groups for each in group.pieces]
-        for each in candidates:
-            state = self.optimizer.state.get(each, {})
-            scalars = {k: v for k, v in state.items() if not (isinstance(v, Tensor) and v.dim())}
-            if scalars:
-                return {k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()}
-        return {}
-
-
-def _union(mine: set[str], parts: Parts) -> set[str]:
-    world = parts.mesh.world
-    if world.is_identity:
-        return mine
-    everyone: list[set[str]] = [set() for _ in range(world.size)]
-    torch.distributed.all_gather_object(everyone, mine, group=world.group)
-    return set().union(*everyone)
+    def _counters(self, kept: "_Kept") -> dict[str, object]:
+        device = self._parts.mesh.device
+        return {key: counter.there(device) for key, counter in kept.counters.items()}
 
 
-def _piece_of(group: FlatGroup, index: int) -> nn.Parameter | None:
-    """This rank's piece of a parameter, if it has one."""
-    slots = group.piece_slots()
-    return next((p for p, s in zip(group.pieces, slots, strict=True) if s.index == index), None)
+class _Counter(NamedTuple):
+    """A state of no size, like Adam's `step`; tensors travel on the CPU."""
+
+    value: object
+    on_device: bool
+
+    @classmethod
+    def of(cls, value: object) -> "_Counter":
+        if not isinstance(value, Tensor):
+            return cls(value, on_device=False)
+        return cls(value.detach().cpu().clone(), on_device=value.device.type != "cpu")
+
+    def there(self, device: torch.device) -> object:
+        """The value on a rank whose modules compute on `device`."""
+        if not isinstance(self.value, Tensor):
+            return self.value
+        return self.value.to(device) if self.on_device else self.value.clone()
+
+
+class _Kept(NamedTuple):
+    """What an optimizer keeps of a parameter: names of tensors of its size, and counters."""
+
+    kinds: tuple[str, ...]
+    counters: dict[str, _Counter]
 
 
 def _pieces_by_parameter(parts: Parts) -> dict[nn.Parameter, list]:

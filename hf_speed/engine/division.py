@@ -106,14 +106,18 @@ class Division(NamedTuple):
         Args:
             whole: the values of a parameter by name.
         """
+
+        def own(name: str) -> Tensor:
+            """In the dtype that it came in; `whole` may give masters."""
+            return whole(name).to(self.catalogue.record(name).dtype, copy=True)
+
         if self.split is not None:
             self.split.undo()
         for name, parameter in self.removed.items():
             if isinstance(parameter, ShardedParameter):
-                dtype = self.catalogue.record(name).dtype
-                publish(parameter, whole(name).to(dtype, copy=True))
+                publish(parameter, own(name))
         if self.sliced is not None:
-            self.sliced.undo(whole)
+            self.sliced.undo(own)
 
 
 def divide(

@@ -10,7 +10,7 @@ engine.detach()                           # plain model and optimizer again
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +31,15 @@ from hf_speed.engine.report import peak_bytes
 from hf_speed.engine.rng import share_rng
 from hf_speed.engine.stages import install_pipeline
 from hf_speed.engine.state import load_engine, save_engine
+from hf_speed.engine.structure import (
+    allow_resizing,
+    has_new_structure,
+    left_together,
+    new_structure,
+    refuse_resizing,
+    replacements,
+    resizings,
+)
 from hf_speed.errors import EngineError
 from hf_speed.mesh import ParallelMesh
 
@@ -145,6 +154,8 @@ class Engine:
             if self.is_sharded or self._parts.division.is_divided
             else []
         )
+        if self._parts.division.is_divided:
+            refuse_resizing(self.model, self.mesh)
 
     @property
     def config(self) -> ResolvedConfig:
@@ -227,65 +238,39 @@ class Engine:
         """Whole parameters inside, wherever their parts live. Collective.
 
         Args:
-            names: the parameters to hold, or None for all; others of their units come along.
+            names: the parameters to hold, or None for all; others of their units come along. Each
+                rank sees its part of a model that is spread over stages or slices.
             modify: keep changes. Rank 0's values count. Inside, modules may be replaced or resized
                 (with names=None): the engine takes the model over anew on leaving.
+
+        Raises:
+            EngineError: other modules where each rank has a part of the model only.
         """
         self._parts.stepper.settle()
+        divided, what = self._parts.division.is_divided, "A scope of gathered(modify=True)"
+        together = left_together(self.mesh, what) if modify and divided else nullcontext()
         replaced: list[tuple[nn.Parameter, nn.Parameter]] | None = None
         resized: list[tuple[nn.Parameter, Tensor]] = []
         self._gathered_depth += 1
         try:
-            with self._access.gathered(names, modify=modify):
+            with self._access.gathered(names, modify=modify), together:
                 yield
-                if modify and self._has_new_structure():
+                if modify and has_new_structure(self._parts, self.model):
+                    if divided:
+                        raise new_structure(self.mesh, f"{what} has replaced or frozen parameters")
                     if self._gathered_depth > 1:
                         raise EngineError(
                             "A model was resized in a gathered() inside another. Resize it in the "
                             "outermost one, with modify=True."
                         )
-                    replaced, resized = self._replacements(), self._resized()
+                    replaced, resized = (
+                        replacements(self._parts, self.model),
+                        resizings(self._parts),
+                    )
         finally:
             self._gathered_depth -= 1
         if replaced is not None:
             self._rebuild(replaced, resized)
-
-    def _has_new_structure(self) -> bool:
-        known = {id(e.parameter) for group in self._parts.groups for e in group.entries}
-        now = {id(parameter) for parameter in self.model.parameters()}
-        shapes_hold = all(
-            tuple(entry.parameter.shape) == slot.shape
-            and entry.parameter.requires_grad == group.trainable
-            for group in self._parts.groups
-            for slot, entry in zip(group.layout.slots, group.entries, strict=True)
-        )
-        return known != now or not shapes_hold
-
-    def _replacements(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(old, new) parameter of every place that holds another one now."""
-        pairs = []
-        for group in self._parts.groups:
-            for entry in group.entries:
-                for place in entry.places:
-                    new = place.module._parameters.get(place.key)
-                    if isinstance(new, nn.Parameter) and new is not entry.parameter:
-                        pairs.append((entry.parameter, new))
-        named = dict(self.model.named_parameters())
-        for group in self._parts.groups:
-            for entry in group.entries:
-                new = named.get(entry.name)
-                if new is not None and new is not entry.parameter:
-                    pairs.append((entry.parameter, new))
-        return pairs
-
-    def _resized(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """(parameter, new values) of those that got data of another shape, the object staying."""
-        return [
-            (entry.parameter, entry.parameter.data)
-            for group in self._parts.groups
-            for slot, entry in zip(group.layout.slots, group.entries, strict=True)
-            if tuple(entry.parameter.shape) != slot.shape
-        ]
 
     def _rebuild(
         self,
@@ -471,6 +456,7 @@ class Engine:
         self._parts.tiers.close()
         unwrap_generate(self._generating)
         unwrap_zero_grad(self.model)
+        allow_resizing(self.model)
         remove_link(self.model, self._link)
         self._parts.mesh.close()
 

@@ -62,6 +62,7 @@ class FlatGroup:
         self.dtypes = spec.dtypes
         self.trainable = spec.trainable
         self.is_counted = spec.sharing.is_counted
+        self.is_repeated = spec.sharing.is_repeated
         self.axes = axes
         self.device = device
         self.layout = FlatLayout.plan(

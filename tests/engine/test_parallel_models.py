@@ -1,0 +1,439 @@
+"""What users do to models and optimizers, on pipelines and slices as in plain PyTorch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_speed.engine import engine_of, gathered
+from hf_speed.errors import EngineError
+from tests.engine.meshes import BOTH, PIPE, SLICES, Mesh, attach, own_rows, toy
+from tests.engine.toys import (
+    assert_same_values,
+    global_batch,
+    plain_parameters,
+    rank_here,
+    ranks_here,
+    whole_parameters,
+)
+from tests.support import run_ranks
+
+NUM_STEPS = 3
+Maker = Callable[[nn.Module], Optimizer]
+
+
+def _adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def _groups(model: nn.Module) -> Optimizer:
+    """By the last layer and the others, each by dims: on each stage some are empty."""
+    late = {id(p) for p in model.model.layers[-1].parameters()}
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in chosen if id(p) in late and p.dim() > 1], "weight_decay": 0.3},
+            {"params": [p for p in chosen if id(p) in late and p.dim() == 1], "lr": 3e-2},
+            {"params": [p for p in chosen if id(p) not in late], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+    )
+
+
+MAKERS: dict[str, Maker] = {
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1),
+    "adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=0.01),
+    "groups": _groups,
+}
+
+
+class Adapter(nn.Module):
+    """A frozen linear and, beside it, two small ones that are trained."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.base(x) + self.up(self.down(x))
+
+
+def _with_adapters(first: int, last: int) -> nn.Module:
+    """A frozen model whose layers [first, last) have adapters."""
+    model: Any = toy()
+    model.requires_grad_(requires_grad=False)
+    torch.manual_seed(2)
+    for layer in model.model.layers[first:last]:
+        layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+    return model
+
+
+def _partly_frozen() -> nn.Module:
+    """Norms and the head are trained, between frozen slices."""
+    model = toy()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name or "lm_head" in name)
+    return model
+
+
+def _with_unused() -> nn.Module:
+    """A trained layer that no forward reaches: weight decay must not touch it."""
+    model: Any = toy()
+    model.model.layers[3].unused = nn.Linear(3, 3)
+    model.model.layers[0].mlp.unused = nn.Linear(2, 2)
+    return model
+
+
+def _step(model: Any, batch: Any, *, pieces: int) -> Tensor:
+    """Forward and backward in plain PyTorch, in as many microbatches."""
+    total = torch.zeros(())
+    for index in range(pieces):
+        loss = model(**{k: v.chunk(pieces)[index] for k, v in batch.items()}).loss / pieces
+        if loss.requires_grad:
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _clear(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    """A way to clear gradients, another at each step."""
+    match step % 3:
+        case 0:
+            optimizer.zero_grad()
+        case 1:
+            model.zero_grad()
+        case _:
+            optimizer.zero_grad(set_to_none=False)
+
+
+def _compare(make: Callable[[], nn.Module], maker: Maker, mesh: Mesh, stage: int) -> None:
+    """Train beside plain PyTorch, clip by value, and clear in several ways."""
+    ours, theirs = make(), make()
+    their_optimizer = maker(theirs)
+    optimizer = maker(ours)
+    engine = attach(ours, mesh, stage, pipe={"schedule": "zb_h1" if stage == 1 else "zb_v"})
+    engine.bind_optimizer(optimizer)
+    # Whatever the mesh, the sums are then added in one order; slices add in others.
+    pieces = 1 if mesh.pp == 1 else ranks_here() // mesh.tp
+    exact = mesh.tp == 1 and ranks_here() == mesh.pp
+    # Adam makes whole steps of gradients that are all rounding.
+    rtol, atol = (0.0, 0.0) if exact else (1e-4, 1e-4)
+    for step in range(NUM_STEPS):
+        batch = global_batch("llama", step)
+        expected = _step(theirs, batch, pieces=pieces)
+        loss = ours(**own_rows(engine, batch)).loss
+        engine.backward(loss)
+        if ranks_here() == mesh.pp * mesh.tp:
+            torch.testing.assert_close(loss.detach(), expected, rtol=rtol, atol=0.0)
+        engine.clip_grad_value_(1e-2)
+        nn.utils.clip_grad_value_(theirs.parameters(), 1e-2)
+        for name, parameter in theirs.named_parameters():
+            found = engine.get_full_grad(name)
+            assert (found is None) == (parameter.grad is None), name
+            if found is not None:
+                torch.testing.assert_close(found, parameter.grad, rtol=rtol, atol=atol)
+        optimizer.step()
+        their_optimizer.step()
+        _clear(ours, optimizer, step)
+        _clear(theirs, their_optimizer, step)
+    assert_same_values(whole_parameters(engine), plain_parameters(theirs), rtol=rtol, atol=atol)
+    engine.detach()
+    assert_same_values(plain_parameters(ours), plain_parameters(theirs), rtol=rtol, atol=atol)
+    _assert_same_states(ours, optimizer, theirs, their_optimizer, rtol=rtol, atol=atol)
+
+
+def _assert_same_states(
+    ours: nn.Module,
+    optimizer: Optimizer,
+    theirs: nn.Module,
+    their_optimizer: Optimizer,
+    **tolerance: float,
+) -> None:
+    """The optimizer has its whole parameters and states again."""
+    pairs = dict(zip(ours.parameters(), theirs.parameters(), strict=True))
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    their_held = [p for group in their_optimizer.param_groups for p in group["params"]]
+    assert [id(pairs[p]) for p in held] == [id(p) for p in their_held]
+    states = {pairs[p]: state for p, state in optimizer.state.items() if state}
+    expected = {p: state for p, state in their_optimizer.state.items() if state}
+    assert states.keys() == expected.keys()
+    for parameter, state in expected.items():
+        assert states[parameter].keys() == state.keys()
+        for key, value in state.items():
+            torch.testing.assert_close(states[parameter][key], value, **tolerance)
+
+
+def _on_meshes() -> None:
+    cases = [
+        (lambda: _with_adapters(2, 4), _adamw, PIPE, 1),
+        (lambda: _with_adapters(2, 4), _adamw, PIPE, 3),
+        (lambda: _with_adapters(0, 1), _adamw, PIPE, 3),
+        (_partly_frozen, _adamw, PIPE, 1),
+        (_partly_frozen, _adamw, SLICES, 3),
+        (_with_unused, MAKERS["sgd"], PIPE, 1),
+        (_with_unused, MAKERS["sgd"], PIPE, 3),
+        *((toy, maker, PIPE, 1) for maker in MAKERS.values()),
+        *((toy, maker, SLICES, 3) for maker in MAKERS.values()),
+    ]
+    if ranks_here() == 4:
+        cases = [
+            (lambda: _with_adapters(2, 4), _adamw, PIPE, 3),
+            (_partly_frozen, _groups, BOTH, 1),
+            (_with_unused, MAKERS["sgd"], Mesh(2, 1, replicas=2), 3),
+            (toy, MAKERS["groups"], PIPE, 3),
+        ]
+    for number, (make, maker, mesh, stage) in enumerate(cases):
+        try:
+            _compare(make, maker, mesh, stage)
+        except AssertionError as error:
+            raise AssertionError(f"case {number}: {error}") from error
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_frozen_unused_and_grouped_parameters_train_as_in_plain_pytorch(world_size: int) -> None:
+    run_ranks(_on_meshes, world_size)
+
+
+NAMES = {
+    "model.embed_tokens.weight": "exp_avg",
+    "model.layers.0.input_layernorm.weight": "exp_avg_sq",
+    "model.layers.3.mlp.down_proj.weight": "exp_avg",
+    "lm_head.weight": "exp_avg_sq",
+}
+"""On the first and the last stage, sliced in both ways and not at all."""
+
+
+def _by_name() -> None:
+    """Write a parameter, a moment and a gradient; read them; the next step goes by them."""
+    for mesh, stage in ((PIPE, 1), (PIPE, 3), (SLICES, 1), (SLICES, 3)):
+        ours, theirs = toy(), toy()
+        optimizer, their_optimizer = _adamw(ours), _adamw(theirs)
+        engine = attach(ours, mesh, stage)
+        engine.bind_optimizer(optimizer)
+        for step in range(2):
+            batch = global_batch("llama", step)
+            engine.backward(ours(**own_rows(engine, batch)).loss)
+            _step(theirs, batch, pieces=2)
+            if step == 1:
+                for name, key in NAMES.items():
+                    parameter = theirs.get_parameter(name)
+                    state = their_optimizer.state[parameter]
+                    values = torch.arange(parameter.numel()).view(parameter.shape) / 1e3
+                    engine.set_full_parameter(name, values)
+                    engine.set_full_optimizer_state(name, key, values.square())
+                    engine.set_full_grad(name, values / 3)
+                    assert torch.equal(engine.get_full_parameter(name), values)
+                    assert torch.equal(engine.get_full_optimizer_state(name, key), values.square())
+                    assert torch.equal(engine.get_full_grad(name), values / 3)
+                    parameter.data.copy_(values)
+                    state[key].copy_(values.square())
+                    parameter.grad = values / 3
+            optimizer.step()
+            their_optimizer.step()
+            optimizer.zero_grad()
+            their_optimizer.zero_grad()
+        for name, value in theirs.named_parameters():
+            found = engine.get_full_parameter(name)
+            torch.testing.assert_close(found, value.detach(), rtol=1e-4, atol=1e-4)
+        with pytest.raises(EngineError, match=r"AdamW keeps no 'sum' .*exp_avg"):
+            engine.get_full_optimizer_state("lm_head.weight", "sum")
+        with pytest.raises(EngineError, match=r"Did you mean 'lm_head\.weight'"):
+            engine.get_full_parameter("lm_head.weights")
+        engine.detach()
+
+
+def test_whole_values_are_read_and_written_by_name_on_every_rank() -> None:
+    run_ranks(_by_name, 2)
+
+
+def _nothing_trained_here() -> None:
+    """The first stage has nothing to train, so its optimizer nothing to know."""
+    model = _with_adapters(2, 4)
+    optimizer = _adamw(model)
+    engine = attach(model, PIPE, 1)
+    engine.bind_optimizer(optimizer)
+    engine.backward(model(**global_batch("llama", 0)).loss)
+    assert engine.get_full_grad("model.layers.0.mlp.up_proj.weight") is None
+    optimizer.step()
+    name = "model.layers.3.self_attn.q_proj.up.weight"
+    assert engine.get_full_optimizer_state(name, "exp_avg").shape == (16, 2)
+    with pytest.raises(EngineError, match=r"AdamW keeps no 'sum' .*exp_avg"):
+        engine.get_full_optimizer_state(name, "sum")
+    with pytest.raises(EngineError, match=r"is frozen \(requires_grad=False\)"):
+        engine.set_full_grad("lm_head.weight", torch.zeros(61, 16))
+    engine.detach()
+
+
+def test_a_stage_without_trained_parameters_answers_as_the_others_do() -> None:
+    run_ranks(_nothing_trained_here, 2)
+
+
+def _in_16_bit() -> None:
+    """A model that comes in bf16, with fp32 masters: whole states keep the masters' precision."""
+    for mesh in (PIPE, SLICES):
+        model = toy().to(torch.bfloat16)
+        optimizer = _adamw(model)
+        engine = attach(model, mesh, 3, dtype=torch.bfloat16)
+        engine.bind_optimizer(optimizer)
+        for step in range(2):
+            engine.backward(model(**global_batch("llama", step)).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        moment = engine.get_full_optimizer_state("lm_head.weight", "exp_avg")
+        assert not torch.equal(moment, moment.bfloat16().float())
+        engine.detach()
+        parameter = model.get_parameter("lm_head.weight")
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
+
+
+def test_masters_of_another_dtype_leave_whole_states_on_every_rank() -> None:
+    run_ranks(_in_16_bit, 2)
+
+
+def _gathered() -> None:
+    for mesh, stage in ((PIPE, 3), (SLICES, 3), (SLICES, 1), (BOTH, 1))[:: ranks_here() // 2]:
+        if mesh.pp * mesh.tp > ranks_here():
+            continue
+        model = toy()
+        start = plain_parameters(model)
+        engine = attach(model, mesh, stage)
+        elsewhere = {name for name in start if name not in dict(model.named_parameters())}
+        assert bool(elsewhere) == (mesh.pp > 1)
+        with gathered(model, list(NAMES)):
+            for name in NAMES:
+                if name not in elsewhere and mesh.tp == 1:
+                    assert torch.equal(model.get_parameter(name), start[name])
+        with gathered(model, modify=True), torch.no_grad():
+            # What several ranks hold is as the first of them has left it.
+            for parameter in model.parameters():
+                parameter.fill_(2.0 if rank_here() % (mesh.tp or 1) == 0 else 3.0)
+        for name, value in engine.full_parameters():
+            if "norm" in name or mesh.tp == 1:
+                assert torch.equal(value, torch.full_like(value, 2.0)), name
+            else:
+                assert set(value.unique().tolist()) == {2.0, 3.0}, name
+        engine.detach()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gathered_shows_a_ranks_part_and_keeps_changes(world_size: int) -> None:
+    run_ranks(_gathered, world_size)
+
+
+def _tied_copies() -> None:
+    model = toy("gpt2")
+    engine = attach(model, PIPE, 1)
+    with gathered(model, modify=True), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(2.0 + rank_here())
+    assert engine.get_full_parameter("transformer.wte.weight").unique().tolist() == [2.0]
+    engine.detach()
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_both_copies_of_a_tied_weight_take_the_first_ones_changes() -> None:
+    run_ranks(_tied_copies, 2)
+
+
+def _freeze(model: Any) -> None:
+    model.model.layers[0].requires_grad_(requires_grad=False)
+
+
+def _fail_on_rank_1(model: Any) -> None:  # noqa: ARG001
+    if rank_here() == 1:
+        raise ValueError("of this rank alone")
+
+
+def _change(model: Any, change: Callable[[Any], None]) -> None:
+    with gathered(model, modify=True):
+        change(model)
+
+
+def _refused() -> None:
+    for mesh in (PIPE, SLICES):
+        model: Any = toy()
+        engine = attach(model, mesh, 3)
+        with pytest.raises(EngineError, match=r"resize_token_embeddings\(\).*mesh\.pp=\d.*detach"):
+            _change(model, lambda model: model.resize_token_embeddings(70))
+        with pytest.raises(EngineError, match=r"frozen parameters, but with mesh\.pp.*detach\(\)"):
+            _change(model, _freeze)
+        model.requires_grad_()
+        mine = ValueError if rank_here() == 1 else EngineError
+        with pytest.raises(mine, match="of this rank alone"):
+            _change(model, _fail_on_rank_1)
+        # The engine goes on.
+        engine.backward(model(**global_batch("llama", 0)).loss)
+        engine.detach()
+        model.resize_token_embeddings(70, mean_resizing=False)
+        assert model.lm_head.weight.shape == (70, 16)
+        assert engine_of(model) is None
+
+
+def test_what_would_change_other_ranks_parts_is_refused_on_all() -> None:
+    run_ranks(_refused, 2)
+
+
+def _from_mesh_to_mesh(meshes: Sequence[tuple[Mesh, int]]) -> None:
+    """One model and one optimizer, detached and attached again on other meshes."""
+    ours, theirs = toy("qwen3"), toy("qwen3")
+    optimizer, their_optimizer = _adamw(ours), _adamw(theirs)
+    for step, (mesh, stage) in enumerate(meshes):
+        batch = global_batch("qwen3", step)
+        _step(theirs, batch, pieces=2)
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        engine = attach(ours, mesh, stage)
+        engine.bind_optimizer(optimizer)
+        engine.backward(ours(**own_rows(engine, batch)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.detach()
+        # Adam makes steps of gradients that are all rounding.
+        assert_same_values(plain_parameters(ours), plain_parameters(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_goes_from_mesh_to_mesh_in_one_process() -> None:
+    run_ranks(_from_mesh_to_mesh, 2, [(PIPE, 3), (SLICES, 1), (Mesh(), 3), (PIPE, 0), (SLICES, 2)])
+
+
+def _two_engines() -> None:
+    """A reference model on stages of its own, asked between the steps of a trained one."""
+    for mesh, other in ((PIPE, PIPE), (PIPE, SLICES), (SLICES, Mesh())):
+        model, reference = toy(), toy(hidden_size=32)
+        reference.requires_grad_(requires_grad=False).eval()
+        plain, plain_reference = toy(), toy(hidden_size=32).eval()
+        optimizer, plain_optimizer = _adamw(model), _adamw(plain)
+        engine, frozen = attach(model, mesh, 1), attach(reference, other, 3)
+        engine.bind_optimizer(optimizer)
+        for step in range(2):
+            batch = global_batch("llama", step)
+            with torch.no_grad():
+                expected = plain_reference(**batch)
+                found = reference(**own_rows(frozen, batch))
+            logits = found.logits
+            theirs = own_rows(frozen, {"logits": expected.logits})["logits"]
+            torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-5)
+            loss = model(**own_rows(engine, batch)).loss
+            _step(plain, batch, pieces=2)
+            with torch.no_grad():
+                # Between a forward and its backward too.
+                reference(**own_rows(frozen, batch))
+            engine.backward(loss)
+            for each in (optimizer, plain_optimizer):
+                each.step()
+                each.zero_grad()
+        assert_same_values(whole_parameters(engine), plain_parameters(plain), rtol=1e-4, atol=1e-4)
+        engine.detach()
+        frozen.detach()
+        assert_same_values(plain_parameters(reference), plain_parameters(plain_reference))
+
+
+def test_a_trained_and_a_frozen_engine_live_in_one_process() -> None:
+    run_ranks(_two_engines, 2)

@@ -23,7 +23,7 @@ from hf_speed.mesh import Lane, ParallelMesh
 from hf_speed.mesh.axes import IDENTITY, Axis
 from hf_speed.mesh.collectives import broadcast_flat
 from hf_speed.mesh.journal import Journal
-from hf_speed.zero.gather import Gatherer, Unit
+from hf_speed.zero.gather import Gatherer, GatherPolicy, Unit
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.hooks import UnitHooks
 from hf_speed.zero.parameter import ShardedParameter, released_class
@@ -101,9 +101,9 @@ def assemble(
     groups = [group for unit in units for group in unit.groups]
     # Gradients become ready from the last unit to the first; the root's embedding comes last.
     backward = [g for unit in [*units[-2::-1], units[-1]] for g in unit.groups if g.trainable]
-    gatherer = Gatherer(
-        units, pool=pool, journal=mesh.journal, prefetch_units=resolved.prefetch_units
-    )
+    on_demand = _gathers_on_demand(resolved)
+    num_ahead = 0 if on_demand else resolved.prefetch_units
+    gatherer = Gatherer(units, pool=pool, journal=mesh.journal, prefetch_units=num_ahead)
     # A pipeline has a backward for every microbatch, and reduces once.
     each_backward = resolved.stage >= 2 and division.split is None
     reducer = Reducer(backward, pool=pool, journal=mesh.journal, each_backward=each_backward)
@@ -122,27 +122,23 @@ def assemble(
         units,
         gatherer=gatherer,
         reducer=reducer,
-        regather=resolved.regather,
+        policy=GatherPolicy(resolved.regather, on_demand),
         activations=tiers.activations,
         **callbacks._asdict(),
     )
     _report(model, resolved, groups, num_units=len(units))
     precision = precision_of(model, config, compute_dtype=resolved.compute_dtype)
-    return Parts(
-        config=resolved,
-        mesh=mesh,
-        units=units,
-        groups=groups,
-        pool=pool,
-        gatherer=gatherer,
-        reducer=reducer,
-        stepper=stepper,
-        hooks=hooks,
-        scaler=scaler,
-        tiers=tiers,
-        division=division,
-        precision=precision,
-    )
+    made = (gatherer, reducer, stepper, hooks, scaler)
+    return Parts(resolved, mesh, units, groups, pool, *made, tiers, division, precision)
+
+
+def _gathers_on_demand(resolved: ResolvedConfig) -> bool:
+    """Whether a pass has some of a rank's units only, or finds all of them gathered before it.
+
+    Then nothing is gathered ahead of it, and nothing that it does not run.
+    """
+    pipe = resolved.pipe
+    return resolved.pp > 1 and (pipe.gather == "step" or pipe.chunks > 1)
 
 
 class _Prepared(NamedTuple):
@@ -166,7 +162,14 @@ def _prepare(
     try:
         equalise(model, mesh)
         division = divide(model, config, mesh, slice_planner=slice_planner)
-        resolved = plan(model, config, compute_dtype=compute_dtype, device=device)
+        resolved = plan(
+            model,
+            config,
+            compute_dtype=compute_dtype,
+            device=device,
+            catalogue=division.catalogue,
+            names=division.names,
+        )
         check_schedule(resolved.pipe, stage=resolved.stage)
     except BaseException:
         mesh.close()

@@ -253,20 +253,16 @@ class Estimator:
         """
         sums = self._is_pipeline or (accumulates and stage < 2)
         here = self._gathered(stage, tiers)
-        shown: Counter[Buffer] = Counter()
         backward: list[list[Passing]] = []
         for unit in (*self._blocks[::-1], self._root):
             backward.append([])
             for group in unit:
                 passing = self._passing(group, stage, tiers, sums=sums)
-                if passing.summed is not None and self._is_shown(group, tiers):
-                    shown[passing.summed] += 1
-                    passing = passing._replace(summed=None)
                 backward[-1].append(passing)
         reducing = most_alive(backward[:-1], backward[-1], fills=not self._is_pipeline)
         if self._is_pipeline:
             here.update(each.summed for unit in backward for each in unit if each.summed)
-            most = shown + (self._gathered(stage, tiers, num_kept=1) | here | reducing)
+            most = self._gathered(stage, tiers, num_kept=1) | here | reducing
         else:
             most = here + reducing
         num_bytes = sum(count * size.numel * size.itemsize for size, count in most.items())
@@ -298,11 +294,6 @@ class Estimator:
             ),
             gathered=gathered,
         )
-
-    def _is_shown(self, group: GroupSize, tiers: Tiers) -> bool:
-        """Whether `grad` looks into the sums of a pipeline: they stay until all are reduced."""
-        shows = group.accumulate == group.master and not self._streams(tiers)
-        return self._is_pipeline and shows
 
     def _gathered(self, stage: int, tiers: Tiers, *, num_kept: int = 0) -> Counter[Buffer]:
         """Buffers of gathered values: those that stay, and those of a few units at a time.

@@ -39,9 +39,6 @@ from hf_speed.pipe.weights import (
     wrap_linears,
 )
 
-_SPLIT = frozenset({"zb_h1", "zb_h2", "zb_v", "v_half", "dualpipe_v"})
-"""Schedules in which weight gradients wait."""
-
 _UNSUPPORTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -129,7 +126,7 @@ class PipelineForward:
         self._draws = division.draws
         self._switch = Switch(division.defer_to)
         modules = [module for stage in split.stages.values() for module in stage.modules]
-        self._linears = wrap_linears(modules, self._switch) if config.schedule in _SPLIT else []
+        self._linears = wrap_linears(modules, self._switch) if _waits(config) else []
         self._runtime = Runtime(
             rank=mesh.coordinates["pp"],
             stages=split.stages,
@@ -410,13 +407,19 @@ def _source(kind: type) -> str:
         return ""
 
 
+def _waits(config: ResolvedPipe) -> bool:
+    """Whether weight gradients wait in this schedule, on some number of ranks."""
+    plan = make_plan(config.schedule, num_ranks=2, num_microbatches=4, chunks=config.chunks)
+    return any(action.kind is Kind.WEIGHT for _, action in plan.actions())
+
+
 def check_schedule(config: ResolvedPipe, *, stage: int) -> None:
     """Refuse what cannot be combined.
 
     Raises:
         ConfigError: weight gradients that wait for parameters that are gone.
     """
-    if stage == 3 and config.gather == "microbatch" and config.schedule in _SPLIT:
+    if stage == 3 and config.gather == "microbatch" and _waits(config):
         raise ConfigError(
             f"pipe.gather='microbatch' lets go of parameters after each backward, but "
             f"pipe.schedule={config.schedule!r} computes their gradients later. Set "

@@ -1,12 +1,13 @@
 """What will be built, decided before anything is: dtypes, groups, bytes, the resolved config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from hf_speed.config import Memory, ResolvedConfig, SpeedConfig, env, resolve
+from hf_speed.engine.catalogue import Catalogue
 from hf_speed.engine.estimate import Estimator, GroupSize
 from hf_speed.engine.report import memory_of_machine
 from hf_speed.errors import ConfigError
@@ -26,24 +27,30 @@ def plan(
     *,
     compute_dtype: torch.dtype | None,
     device: torch.device,
+    catalogue: Catalogue,
+    names: Mapping[int, str],
 ) -> ResolvedConfig:
     """Resolve every AUTO of `config` for this model, world and machine. Allocates nothing.
 
     Collective: one small all-reduce, so that ranks that see different amounts of free memory
-    choose the same plan; under a pipeline, whose stages differ, all plan for the largest.
+    choose the same plan; where stages or slices differ, all plan for the largest.
 
     Args:
         model: what this rank has of it.
         config: what the user set.
         compute_dtype: of mixed precision.
         device: where modules compute.
+        catalogue: of the whole model.
+        names: id of a parameter -> its name in the whole model.
 
     Raises:
         ConfigError: the config cannot take effect, or nothing that it allows fits.
     """
     world = _world()
-    units = sizes_of(model, config, compute_dtype=compute_dtype)
-    if config.mesh.pp > 1:
+    units = sizes_of(
+        model, config, compute_dtype=compute_dtype, names=names, sharing_of=catalogue.sharing_of
+    )
+    if config.mesh.pp * config.mesh.tp > 1:
         units = _largest(units, world)
     return resolve(
         config,
@@ -81,9 +88,21 @@ def prevailing_dtype(model: nn.Module) -> torch.dtype:
 
 
 def sizes_of(
-    model: nn.Module, config: SpeedConfig, *, compute_dtype: torch.dtype | None
+    model: nn.Module,
+    config: SpeedConfig,
+    *,
+    compute_dtype: torch.dtype | None,
+    names: Mapping[int, str] | None = None,
+    sharing_of: Callable[[str], Sharing] = lambda _: Sharing(),
 ) -> list[list[GroupSize]]:
     """The groups of each unit of `model`, which may be on the meta device, as sizes.
+
+    Args:
+        model: the model, or what this rank has of it.
+        config: what the user set.
+        compute_dtype: of mixed precision.
+        names: id of a parameter -> its name in the whole model, where this is a part.
+        sharing_of: name of a parameter -> the ranks that hold equal copies of it.
 
     Raises:
         ConfigError: the config names units that the model lacks.
@@ -91,8 +110,8 @@ def sizes_of(
     precision = precision_of(model, config, compute_dtype=compute_dtype)
     classes = None if isinstance(config.zero.units, str) else config.zero.units
     return [
-        [GroupSize.of(spec) for spec in group_specs(unit, precision)]
-        for unit in plan_units(model, classes)
+        [GroupSize.of(spec) for spec in group_specs(unit, precision, sharing_of)]
+        for unit in plan_units(model, classes, names=names)
     ]
 
 

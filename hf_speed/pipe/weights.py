@@ -93,16 +93,17 @@ def unwrap_linears(modules: Iterable[nn.Module]) -> None:
 
 
 def needs_generator(model: nn.Module) -> bool:
-    """Whether training draws random numbers in the forward: some dropout has a probability."""
-    if any(isinstance(each, nn.Dropout) and each.p > 0 for each in model.modules()):
-        return True
-    config = getattr(model, "config", None)
-    named = vars(config) if config is not None else {}
-    return any(
-        isinstance(value, float) and value > 0
-        for name, value in named.items()
-        if "dropout" in name or name.endswith("pdrop")
-    )
+    """Whether training draws random numbers in the forward: some dropout has a probability.
+
+    Read off the modules: a config may name dropout that the model at hand does not have.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        rates = (value for name, value in vars(module).items() if "drop" in name)
+        if any(isinstance(value, float) and value > 0 for value in rates):
+            return True
+    return False
 
 
 def generator_state(device: torch.device) -> Tensor:

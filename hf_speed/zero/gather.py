@@ -42,6 +42,19 @@ class Order(Enum):
     ON_DEMAND = auto()
 
 
+class GatherPolicy(NamedTuple):
+    """How long units stay, and which are gathered.
+
+    Attributes:
+        regather: release units after the forward and gather them again in the backward.
+        on_demand: gather a unit when it runs and no others: ranks run the same ones, but only some
+            of them in a pass, as pipeline stages do.
+    """
+
+    regather: bool
+    on_demand: bool = False
+
+
 class Fetch(NamedTuple):
     """What this rank keeps of a group, on its way into a full buffer. As a gather: all of it."""
 

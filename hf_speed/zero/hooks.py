@@ -20,7 +20,7 @@ from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from hf_speed.offload.activations import ActivationOffload
-from hf_speed.zero.gather import Gatherer, Order, Unit
+from hf_speed.zero.gather import Gatherer, GatherPolicy, Order, Unit
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.reduce import Reducer
 from hf_speed.zero.saved import Saver
@@ -43,7 +43,7 @@ class UnitHooks:
         units: all units, in forward order, root last.
         gatherer: brings values.
         reducer: takes gradients.
-        regather: release units after the forward and gather them again in the backward.
+        policy: how long units stay, and which are gathered.
         is_syncing: asked at the start of each backward: does it end an accumulation?
         on_forward: called before the outermost forward of each pass.
         on_backward_end: called after the gradients of a backward are in place.
@@ -56,7 +56,7 @@ class UnitHooks:
         *,
         gatherer: Gatherer,
         reducer: Reducer,
-        regather: bool,
+        policy: GatherPolicy,
         is_syncing: Callable[[], bool],
         on_forward: Callable[[], None],
         on_backward_end: Callable[[], None],
@@ -66,7 +66,7 @@ class UnitHooks:
         self._is_copy = False
         self._gatherer = gatherer
         self._reducer = reducer
-        self._regather = regather
+        self._policy = policy
         self._is_syncing = is_syncing
         self._on_forward = on_forward
         self._on_backward_end = on_backward_end
@@ -141,7 +141,7 @@ class UnitHooks:
         # Of the whole pass: a checkpoint switches gradients off for the blocks inside.
         self._expects_backward = torch.is_grad_enabled()
         training = unit.module.training and self._expects_backward
-        whole = unit.is_root and training
+        whole = unit.is_root and training and not self._policy.on_demand
         self._gatherer.begin(Order.FORWARD if whole else Order.ON_DEMAND)
         # Checkpointing replaces saved tensors itself; hooks inside its own would hide them from it.
         outer = torch._C._autograd._top_saved_tensors_default_hooks(_IGNORE_TRACING)
@@ -186,7 +186,7 @@ class UnitHooks:
         """Whether a unit stays after the forward; alike on ranks that ran it and that did not."""
         # The backward starts with the root and the last unit: no use in releasing those.
         last = unit.is_root or unit is self._last
-        return self._expects_backward and (last or not self._regather)
+        return self._expects_backward and (last or not self._policy.regather)
 
     def _watch_outputs(self, unit: Unit, output: object) -> None:
         if not torch.is_grad_enabled():
@@ -214,7 +214,7 @@ class UnitHooks:
             return
         self.phase = Phase.BACKWARD
         self._reducer.begin(sync=self._is_syncing())
-        self._gatherer.begin(Order.BACKWARD)
+        self._gatherer.begin(Order.ON_DEMAND if self._policy.on_demand else Order.BACKWARD)
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _on_gradient(self, group: FlatGroup, index: int, parameter: nn.Parameter) -> None:  # noqa: ARG002

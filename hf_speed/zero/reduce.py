@@ -232,6 +232,9 @@ class Reducer:
         for collection in self._collections:
             collection.arrived.clear()
             collection.launched = False
+            for piece in collection.group.pieces if not collection.holds else ():
+                # They look into a local sum, whose memory is used again once it has left.
+                piece.grad = None
         self.finish()
 
     def scale_unreduced(self, factor: float) -> None:

@@ -103,8 +103,8 @@ def _sent(stage: int, **pipe: Any) -> dict[str, int]:
 
 
 def _counted() -> None:
-    for stage in (1, 2, 3):
-        sent = _sent(stage)
+    for stage, pipe in ((1, {}), (2, {}), (3, {}), (3, {"schedule": "zb_v"})):
+        sent = _sent(stage, **pipe)
         # Of two ranks each sends the other's half: once a step, whatever the microbatches.
         assert sent["reduce_scatter"] == sent["part"]
         assert sent.get("all_gather", 0) == (sent["part"] if stage == 3 else 0)

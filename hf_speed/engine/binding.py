@@ -38,8 +38,9 @@ class OptimizerBinding:
                 f"steps would change nothing. Make it from model.parameters() of the same model."
             )
         streams = any(group.streams for group in parts.groups)
-        if streams or any(group.axes.gather.size > 1 for group in parts.groups):
-            require_elementwise(optimizer, stage=parts.config.stage)
+        num_slices = parts.mesh.sizes["tp"]
+        if streams or num_slices > 1 or any(g.axes.gather.size > 1 for g in parts.groups):
+            require_elementwise(optimizer, stage=parts.config.stage, num_slices=num_slices)
         pieces = _pieces_by_parameter(parts)
         repoint(optimizer, pieces, {each: parts.whole_shape(each) for each in pieces})
         self._updates = parts.tiers.updates_for(optimizer, parts.groups) if streams else None

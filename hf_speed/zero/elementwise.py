@@ -1,8 +1,8 @@
 """Does an optimizer treat each element on its own?
 
-Only then may it update an arbitrary interval of a parameter. Asked by trial and not by name: one
-instance steps a small matrix, another the two halves of the same matrix flattened; an elementwise
-rule gives the same numbers. Adafactor, Muon, LAMB and Shampoo do not.
+Only then may it update an arbitrary interval, or a slice, of a parameter. Asked by trial and not by
+name: one instance steps a small matrix, another the two halves of the same matrix flattened; an
+elementwise rule gives the same numbers. Adafactor, Muon, LAMB and Shampoo do not.
 """
 
 import inspect
@@ -17,28 +17,36 @@ from hf_speed.errors import ConfigError
 _ROWS, _COLUMNS, _CUT, _STEPS = 6, 10, 23, 3
 
 
-def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
+def require_elementwise(optimizer: Optimizer, *, stage: int, num_slices: int = 1) -> None:
     """Raise if `optimizer` needs whole tensors.
+
+    Args:
+        optimizer: the user's.
+        stage: of the run.
+        num_slices: ranks that divide layers (mesh.tp).
 
     Raises:
         ConfigError: its update of a parameter differs from its updates of two parts of it, or it
             cannot be tried.
     """
     name = type(optimizer).__name__
+    told = f"mesh.tp={num_slices}" if num_slices > 1 else f"zero.stage={stage}"
+    part = "slices" if num_slices > 1 else "intervals"
     advice = (
-        "Use an elementwise optimizer (AdamW, Adam, SGD, Adagrad, RMSprop, Lion ...), or "
-        "zero.stage=0, where every rank holds whole parameters."
+        f"Use an elementwise optimizer (AdamW, Adam, SGD, Adagrad, RMSprop, Lion ...), or "
+        f"{'mesh.tp=1 with ' if num_slices > 1 else ''}zero.stage=0, where every rank holds whole "
+        f"parameters."
     )
     try:
         whole, parts = _try_both(optimizer)
     except Exception as error:
         raise ConfigError(
-            f"zero.stage={stage} gives each rank intervals of parameters, and {name} could not be "
+            f"{told} gives each rank {part} of parameters, and {name} could not be "
             f"shown to work on them: {type(error).__name__}: {error}. {advice}"
         ) from error
     if not torch.allclose(whole, parts, rtol=1e-5, atol=1e-7):
         raise ConfigError(
-            f"zero.stage={stage} gives each rank intervals of parameters, but {name} needs whole "
+            f"{told} gives each rank {part} of parameters, but {name} needs whole "
             f"tensors: its update of a {_ROWS}x{_COLUMNS} matrix differs from that of its parts. "
             f"{advice}"
         )

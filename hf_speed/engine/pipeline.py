@@ -117,9 +117,13 @@ class PipelineForward:
         if split is None:
             raise EngineError(f"This {type(model).__name__} was not dealt out to pipeline stages.")
         self._model = model
+        # Whoever wraps this forward, as accelerate does for autocast, keeps it after the engine.
+        self._own, self._had_own = model.forward, "forward" in model.__dict__
+        self._is_over = False
         self._split = split
         self._config = config
         self._mesh = mesh
+        self._of_one_batch = mesh.axis("pp", "tp")
         self._placement = division.placement
         self._gradients = gradients
         self._shard = config.gather if gathers else None
@@ -145,8 +149,16 @@ class PipelineForward:
         self._honours_count = "loss_function" in _source(type(model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a batch through the pipeline. Collective over its ranks."""
+        """Run a batch through the pipeline. Collective over its ranks.
+
+        Raises:
+            DivergenceError: in debug mode, where ranks of one pipeline have different batches.
+        """
+        if self._is_over:
+            return self._own(*args, **kwargs)
+        self._runtime.links.begin()
         inputs = self._bind(args, kwargs)
+        self._mesh.journal.expect_same_batch(inputs, group=self._of_one_batch)
         self._gradients.check()
         self._split.runner.train(self._model.training)
         if torch.is_grad_enabled() and self._model.training:
@@ -200,8 +212,8 @@ class PipelineForward:
             raise
         finally:
             self._gradients.end()
-        if after is not None:
-            set_generator_state(after, self._mesh.device)
+            if after is not None:
+                set_generator_state(after, self._mesh.device)
         anchor = torch.zeros((), device=self._mesh.device, requires_grad=True)
         loss = _Committed.apply(result.loss.view(()), self, anchor)
         kind = self._split.runner.output_kind
@@ -316,8 +328,7 @@ class PipelineForward:
         device = self._mesh.device
         numbers = torch.randint(2**62, (count,), dtype=torch.int64).to(device)
         # Ranks of one batch agree, whatever each has drawn before.
-        group = self._mesh.axis("pp", "tp")
-        broadcast_flat(numbers, group=group, journal=self._mesh.journal)
+        broadcast_flat(numbers, group=self._of_one_batch, journal=self._mesh.journal)
         states = [
             torch.Generator(device).manual_seed(number).get_state() for number in numbers.tolist()
         ]
@@ -349,8 +360,11 @@ class PipelineForward:
     def undo(self) -> None:
         """Leave the model's linears and its forward alone again."""
         unwrap_linears(self._linears)
+        self._is_over = True
         if self._model.__dict__.get("forward") is self:
             del self._model.__dict__["forward"]
+            if self._had_own:
+                self._model.__dict__["forward"] = self._own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model has some of the layers only; it runs as its class does."""

@@ -38,7 +38,8 @@ def check_dividable(model: nn.Module, config: SpeedConfig) -> None:
             f"nor divide ({sizes}). Set mesh.pp=1 and mesh.tp=1: zero.stage=3 spreads the frozen "
             f"base over the ranks as well."
         )
-    if "fused_lm_head" in inspect.signature(model.forward).parameters:
+    # TRL's function wears the signature of the forward that it stands for.
+    if "fused_lm_head" in inspect.signature(model.forward, follow_wrapped=False).parameters:
         raise ConfigError(
             f"TRL gave {type(model).__name__} a fused head that reads lm_head.weight by itself, "
             f"which is on the last stage or in slices ({sizes}). Set mesh.pp=1 and mesh.tp=1, or "

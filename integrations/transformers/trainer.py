@@ -78,13 +78,7 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         return engine_of(self.model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class does, with our callback last: it reads what the others decided.
-
-        Raises:
-            ConfigError: the loss is to be computed outside of the model, in a pipeline.
-        """
-        if self.is_hf_speed_enabled:
-            self._check_loss()
+        """As the base class does, with our callback last: it reads what the others decided."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_hf_speed_enabled and self._meter is None:
             self._meter = StepMeter(self)
@@ -100,11 +94,8 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         return 1 if config is None else config.mesh.pp
 
     def _check_loss(self) -> None:
-        """Refuse losses that are computed where the model's parts are not.
-
-        A pipeline returns no logits in training, and Liger's kernels read whole weights.
-        """
-        if self.args.use_liger_kernel and self.get_tp_size() > 1:
+        """Refuse losses that a pipeline's logits or whole weights would be needed for."""
+        if self.args.use_liger_kernel and self._num_sharing > 1:
             raise ConfigError(
                 "use_liger_kernel=True computes the loss from the whole weight of the head, which "
                 "is on the last stage or in slices (mesh.pp, mesh.tp). Leave it out: with mesh.tp "
@@ -146,8 +137,10 @@ class HfSpeedTrainerMixin(transformers.Trainer):
 
         Raises:
             CheckpointError: the save of the checkpoint was cut short, or it is damaged.
-            ConfigError: it holds the optimizer state of plain transformers.
+            ConfigError: it holds the optimizer state of plain transformers; or the loss is to be
+                computed where the model's parts are not.
         """
+        self._check_loss()
         if self.is_hf_speed_enabled and resume_from_checkpoint is True:
             found = last_whole_checkpoint(str(self.args.output_dir))
             # None: the base class says that there is none.
@@ -160,9 +153,12 @@ class HfSpeedTrainerMixin(transformers.Trainer):
 
     def get_tp_size(self) -> int:
         """Processes that see one batch: mesh.pp x mesh.tp; what the base class divides by."""
-        if isinstance(self.accelerator, Accelerator) and self.is_hf_speed_enabled:
-            return self.accelerator.num_sharing
-        return super().get_tp_size()
+        return self._num_sharing if self.is_hf_speed_enabled else super().get_tp_size()
+
+    @property
+    def _num_sharing(self) -> int:
+        """Processes that see one batch; 1 without an engine."""
+        return self.accelerator.num_sharing if isinstance(self.accelerator, Accelerator) else 1
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """As the base class does; it divides by the ranks of a batch also what it has not summed.
@@ -171,14 +167,14 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         """
         count = super()._get_num_items_in_batch(batch_samples, device)
         summed = self.args.average_tokens_across_devices
-        return count if summed or not isinstance(count, Tensor) else count * self.get_tp_size()
+        return count if summed or not isinstance(count, Tensor) else count * self._num_sharing
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """As the base class does, counting each batch once."""
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
         counted = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + counted // self.get_tp_size()
+        self.state.num_input_tokens_seen = before + counted // self._num_sharing
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class does.
@@ -187,10 +183,10 @@ class HfSpeedTrainerMixin(transformers.Trainer):
             ConfigError: a sampler that deals rows out to processes.
         """
         strategy = getattr(self.args, "train_sampling_strategy", None)
-        if strategy == "batch_rebalance" and self.get_tp_size() > 1:
+        if strategy == "batch_rebalance" and self._num_sharing > 1:
             raise ConfigError(
                 f"train_sampling_strategy='batch_rebalance' deals rows out to all "
-                f"{self.args.world_size} processes, but {self.get_tp_size()} of them share a batch "
+                f"{self.args.world_size} processes, but {self._num_sharing} of them share a batch "
                 f"(mesh.pp x mesh.tp). Use 'random' or 'group_by_length'."
             )
         return super()._get_train_sampler(*args, **kwargs)

@@ -11,10 +11,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.trainer_utils import seed_worker
+from trl.trainer.utils import add_fused_lm_head
 
 import hf_speed
+from hf_speed.engine import engine_of
 from hf_speed.errors import ConfigError
 from tests.integrations.toys import VOCABULARY, arguments, examples, flat, llama, trainer
 from tests.support import run_ranks
@@ -184,7 +186,18 @@ def _loop(config: Any, rows: int, precision: str) -> dict[str, Any]:
             optimizer.zero_grad()
         losses.append(float(accelerator.gather(loss.detach()).mean()))
         rates.append(schedule.get_last_lr()[0])
-    return {"losses": losses, "norms": norms, "rates": rates}
+    found = {"losses": losses, "norms": norms, "rates": rates}
+    engine = engine_of(model)
+    if engine is not None:
+        # accelerate's autocast stays around the forward, which must be the model's own again.
+        engine.detach()
+        copied = LlamaForCausalLM(model.config)
+        copied.load_state_dict(model.state_dict())
+        rows_of_one = {name: value[None] for name, value in examples(1)[0].items()}
+        with torch.no_grad():
+            again = model.eval()(**rows_of_one).loss - copied.eval()(**rows_of_one).loss
+        found["detached"] = float(again)
+    return found
 
 
 def _loops(cases: list[tuple[Any, int, str]]) -> list[dict[str, Any]]:
@@ -199,6 +212,8 @@ def test_a_loop_with_accumulation_clipping_and_a_schedule_is_that_of_ddp() -> No
         for key in ("losses", "norms"):
             torch.testing.assert_close(flat(each[key]), flat(whole[key]), rtol=2e-5, atol=1e-6)
         assert each["rates"] == whole["rates"]
+    for each in (*exact, piped, sliced):
+        assert abs(each["detached"]) < (1e-6 if each in exact else 2e-2)
     for each in (piped, sliced):
         # bf16 has 8 bits; norms of rounded gradients differ by a few times that.
         torch.testing.assert_close(
@@ -227,6 +242,25 @@ def _lora() -> Any:
     return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
 
 
+def _adafactor() -> None:
+    model = llama(num_hidden_layers=4)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    hf_speed.Accelerator(hf_speed=SLICES).prepare(model, optimizer)
+
+
+def _with_fused_head() -> Any:
+    model: Any = llama(num_hidden_layers=4)
+    add_fused_lm_head(model)
+    return model
+
+
+def _liger(directory: str) -> None:
+    made = trainer(directory, SLICES, model=llama(num_hidden_layers=4))
+    # As if it was installed.
+    made.args.use_liger_kernel = True
+    made.train()
+
+
 def _diverging(config: Any) -> None:
     model = hf_speed.Accelerator(hf_speed=config).prepare(llama(num_hidden_layers=4))
     ids = torch.full((2, 4), 5 + dist.get_rank())
@@ -241,6 +275,9 @@ def _refused(directory: str) -> dict[str, str]:
     prepared = hf_speed.Accelerator(hf_speed=PIPELINE).prepare
     return {
         "rebalanced": _message(lambda: trained(train_sampling_strategy="batch_rebalance")),
+        "adafactor": _message(_adafactor),
+        "fused head": _message(lambda: prepared(_with_fused_head())),
+        "liger": _message(lambda: _liger(directory)),
         "router": _message(lambda: prepared(_mixtral())),
         "lora": _message(lambda: prepared(_lora())),
         "diverging": _message(lambda: _diverging(PIPELINE)),
@@ -257,6 +294,9 @@ def test_what_cannot_work_says_so_on_every_rank(tmp_path: Path) -> None:
     assert first == second
     expected = {
         "rebalanced": "deals rows out to all 2 processes, but 2 of them share a batch",
+        "adafactor": "mesh.tp=2 gives each rank slices of parameters, but Adafactor needs whole",
+        "fused head": "a fused head that reads lm_head.weight by itself",
+        "liger": "use_liger_kernel=True computes the loss from the whole weight",
         "router": "output_router_logits=True, which collects something of every layer",
         "lora": "carries PEFT adapters, which hf_speed can neither deal out nor divide",
         "diverging": "gave LlamaForCausalLM different inputs at its call 1",

@@ -47,9 +47,13 @@ def _run(directory: str, mesh: str, options: dict[str, Any], resume: str | None)
         **_batch(mesh),
         **options,
     )
+    if resume is None:
+        # Ranks with random states of their own, all of which are saved.
+        torch.rand(1 + 2 * dist.get_rank())
     made.train(resume_from_checkpoint=resume)
     made.save_model(f"{directory}/final")
-    return {"curve": curve(made), "after": made.evaluate()["eval_loss"]}
+    draw = torch.rand(()).item()
+    return {"curve": curve(made), "after": made.evaluate()["eval_loss"], "draw": draw}
 
 
 def _saved(directory: str, mesh: str) -> dict[str, Any]:
@@ -71,8 +75,12 @@ def test_a_checkpoint_of_any_mesh_resumes_on_any_other(tmp_path: Path) -> None:
     for mesh, others in wanted.items():
         checkpoint = str(tmp_path / mesh / "checkpoint-3")
         size = MESHES[others[0]][0]
-        for found in run_ranks(_resumed, size, str(tmp_path), others, checkpoint):
-            for again in found:
+        everyone = run_ranks(_resumed, size, str(tmp_path), others, checkpoint)
+        for found in everyone:
+            for place, again in enumerate(found):
+                # Ranks of one batch go on with one random state.
+                if _batch(others[place])["per_device_train_batch_size"] == 4:
+                    assert again["draw"] == everyone[0][place]["draw"]
                 torch.testing.assert_close(
                     flat(again["curve"])[3:], curves["one"][3:], rtol=2e-5, atol=1e-6
                 )

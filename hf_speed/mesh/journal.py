@@ -13,13 +13,16 @@ those go over different groups. The notes go through the store that the ranks me
 
 import json
 import traceback
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hf_speed.errors import DivergenceError
 from hf_speed.mesh.axes import AxisGroup
@@ -97,6 +100,28 @@ class Journal:
                 called before waiting) does not come within the timeout.
         """
         self.bytes_sent[operation] += sent
+        return self._write_down(operation, group, num_bytes=num_bytes)
+
+    def expect_same_batch(self, inputs: Mapping[str, object], *, group: AxisGroup) -> None:
+        """In debug mode, check that ranks that share the work of a batch have the same one.
+
+        Args:
+            inputs: of the model: tensors are compared by their bytes, other values not at all.
+            group: the ranks. Blocks until all have come.
+
+        Raises:
+            DivergenceError: they have not, or some rank does not come within the timeout.
+        """
+        if self._watches.get(group.label) is not None:
+            tensors = {k: v for k, v in sorted(inputs.items()) if isinstance(v, Tensor)}
+            said = ", ".join(f"{name}={_describe_tensor(v)}" for name, v in tensors.items())
+            num_bytes = sum(value.nbytes for value in tensors.values())
+            self._write_down(f"model({said})", group, num_bytes=num_bytes)()
+
+    def _write_down(
+        self, operation: str, group: AxisGroup, *, num_bytes: int
+    ) -> Callable[[], None]:
+        """See `note`."""
         watch = self._watches.get(group.label)
         if watch is None:
             return _nothing
@@ -117,6 +142,12 @@ class Journal:
 
 def _nothing() -> None:
     """The check where nothing is checked."""
+
+
+def _describe_tensor(value: Tensor) -> str:
+    """Its shape and a checksum of its bytes."""
+    flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return f"{tuple(value.shape)}:{zlib.crc32(flat.numpy().data):08x}"
 
 
 def _key(sequence: int, rank: int) -> str:

@@ -9,7 +9,7 @@ the model is cut.
 """
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,11 @@ PARTS = 4
 """Messages that one action may send, each with a tag of its own: header, values, generator."""
 
 
-LOSS_TAG = (1 << 30) - 1
-"""Of the loss; no stage and microbatch has it."""
+TAGS = 1 << 24
+"""Of one run; the last of them are the loss's."""
+
+RUNS = 64
+"""Runs until tags come again: what is left of a run that failed must not be taken for another's."""
 
 
 class Shape(NamedTuple):
@@ -66,12 +69,30 @@ class Links:
         self._shapes: dict[tuple[int, Hashable], Shape] = {}
         self._sent_shapes: set[tuple[int, Hashable]] = set()
         self._leaving: deque[Pending[Tensor]] = deque()
+        self._lost: list[Pending[Tensor]] = []
+        self._run = 0
+
+    def begin(self) -> None:
+        """Start a run. As often on every rank, whether or not the one before has ended well."""
+        self._run = (self._run + 1) % RUNS
+
+    def abandon(self, coming: Iterable[Pending[Tensor]]) -> None:
+        """A run has failed: wait for none of its messages, and tell shapes anew in the next.
+
+        Args:
+            coming: what was to be received.
+        """
+        # Kept, for they may still arrive: their memory must not be used for anything else.
+        self._lost += [*self._leaving, *coming]
+        self._leaving.clear()
+        self._shapes.clear()
+        self._sent_shapes.clear()
 
     def _address(self, stage: int, other: int, microbatch: int) -> Address:
         # Of the sending and the receiving stage only one is named: the lower one, on both sides.
         lower = min(stage, other)
         tag = (microbatch * len(self._placement) + lower) * PARTS
-        return Address(self._placement[other], tag)
+        return Address(self._placement[other], self._run * TAGS + tag % (TAGS - PARTS))
 
     def send_forward(
         self,
@@ -147,13 +168,15 @@ class Links:
         """
         for peer in range(self._forward.size):
             if peer != self._forward.rank:
-                self._send(value, Address(peer, LOSS_TAG), 0, self._forward)
+                self._send(value, self._loss_address(peer), 0, self._forward)
 
     def receive_loss(self) -> Pending[Tensor]:
         """Start to receive it: (1,) fp32."""
         room = torch.empty(1, dtype=torch.float32, device=self._device)
-        address = Address(self._placement[-1], LOSS_TAG)
-        return self._receive(room, address, 0, self._forward)
+        return self._receive(room, self._loss_address(self._placement[-1]), 0, self._forward)
+
+    def _loss_address(self, peer: int) -> Address:
+        return Address(peer, self._run * TAGS + TAGS - PARTS)
 
     def _send(self, value: Tensor, address: Address, part: int, group: AxisGroup) -> None:
         self._leaving.append(
@@ -176,6 +199,11 @@ class Arriving(NamedTuple):
 
     value: Pending[Tensor]
     generator: Pending[Tensor] | None
+
+    @property
+    def messages(self) -> list[Pending[Tensor]]:
+        """Both."""
+        return [self.value] if self.generator is None else [self.value, self.generator]
 
 
 def signature(inputs: Mapping[str, object]) -> Hashable:

@@ -102,17 +102,25 @@ class Runtime(NamedTuple):
         """
         row = plan.rows[self.rank]
         run = _Run(self, row, microbatches, scale=scale, seeds=seeds)
-        for action in row:
+        try:
+            self._carry_out(run, plan)
+            result = run.finish()
+            self.links.finish()
+        except BaseException:
+            run.abandon()
+            raise
+        return result
+
+    def _carry_out(self, run: "_Run", plan: Plan) -> None:
+        for action in plan.rows[self.rank]:
             try:
                 run.do(action)
-            except HfSpeedError:
+            except HfSpeedError as error:
+                error.add_note(fault(plan, f"{action}", rank=self.rank, action=action))
                 raise
             except Exception as error:
                 why = f"{action}: {type(error).__name__}: {error}"
                 raise EngineError(fault(plan, why, rank=self.rank, action=action)) from error
-        result = run.finish()
-        self.links.finish()
-        return result
 
 
 class _Run:
@@ -141,6 +149,7 @@ class _Run:
         self._gradients: dict[At, Tensor | Arriving] = {}
         self._queues: dict[At, Queue] = {}
         self._states: dict[At, Tensor] = {}
+        self._unsharded: list[Stage] = []
         self._losses: list[Tensor] = []
         self._outputs_of_last: list[Any] = []
         # NCCL pairs messages between two ranks in the order in which they start, so there the loss
@@ -161,7 +170,9 @@ class _Run:
                     self._backward(action)
             case Kind.UNSHARD:
                 self._runtime.shards.unshard(self._stage(action))
+                self._unsharded.append(self._stage(action))
             case Kind.RESHARD:
+                self._unsharded.remove(self._stage(action))
                 self._runtime.shards.reshard(self._stage(action))
             case Kind.REDUCE:
                 self._runtime.shards.reduce(self._stage(action))
@@ -179,6 +190,14 @@ class _Run:
             return Result(self._total(), [])
         loss = links.receive_loss() if self._loss is None else self._loss
         return Result(loss.wait(), [])
+
+    def abandon(self) -> None:
+        """An action has failed: let go of parameters and of what was to come. No collective."""
+        arriving = [*self._arriving.values(), *self._gradients.values()]
+        coming = [each for one in arriving if isinstance(one, Arriving) for each in one.messages]
+        self._runtime.links.abandon(coming if self._loss is None else [*coming, self._loss])
+        for stage in self._unsharded:
+            self._runtime.shards.reshard(stage)
 
     def _total(self) -> Tensor:
         return torch.stack(self._losses).float().sum().view(1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_speed.errors import EngineError
+from hf_speed.nn.sliced.exchange import Peers
 from hf_speed.nn.sliced.layers import LogitsSwitch
 from hf_speed.nn.sliced.loss import SlicedLogits, Words
 from hf_speed.nn.sliced.regions import Rows, SlicedRegion
@@ -30,6 +31,7 @@ class ModelHooks:
         regions: told when a pass begins and ends.
         rows: divides hidden states; None without sequence parallelism.
         words: of this rank; None where logits are always gathered.
+        peers: the ranks, which must be given the same batches.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class ModelHooks:
         regions: Sequence[SlicedRegion],
         rows: Rows | None,
         words: Words | None,
+        peers: Peers,
     ) -> None:
+        self._peers = peers
         self._switch = switch
         self._regions = list(regions)
         self._rows = rows
         self._words = words
-        self._label_place = _place_of_labels(model)
+        self._names = list(inspect.signature(model.forward).parameters)
         self._span: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -82,9 +86,9 @@ class ModelHooks:
     ) -> None:
         for region in self._regions:
             region.forget()
-        labels = kwargs.get("labels")
-        if labels is None and self._label_place < len(args):
-            labels = args[self._label_place]
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        self._peers.journal.expect_same_batch(inputs, group=self._peers.tp)
+        labels = inputs.get("labels")
         self._switch.local = self._words is not None and module.training and labels is not None
         if self._rows is not None:
             self._rows.random.forget()
@@ -157,12 +161,6 @@ def _with_hidden_states(
         f"{type(module).__name__} was called without hidden states, which "
         f"tensor.sequence_parallel divides. Set tensor.sequence_parallel: false."
     )
-
-
-def _place_of_labels(model: nn.Module) -> int:
-    """Which positional argument of the model's forward the labels are."""
-    names = list(inspect.signature(model.forward).parameters)
-    return names.index("labels") if "labels" in names else len(names) + 1
 
 
 def _refuse_hidden_states(module: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -100,7 +100,7 @@ class SlicedModel:
             self._set_heads(region)
         words = self._slice_words()
         self._note_partial(blocks if sequence_parallel else ())
-        self._hooks = ModelHooks(model, self._switch, self._regions, self._rows, words)
+        self._hooks = ModelHooks(model, self._switch, self._regions, self._rows, words, peers)
         if self._rows is not None and plan.span is not None:
             self._hooks.enter_rows(entries)
             first, last = plan.span

@@ -241,6 +241,9 @@ class PipelineForward:
 
     def _evaluate(self, inputs: dict[str, Any]) -> Any:
         caches = "past_key_values" in inputs or inputs.get("use_cache")
+        if not caches and "use_cache" in self.__signature__.parameters:
+            # Else a model may keep keys and values of all microbatches, by its config.
+            inputs["use_cache"] = False
         self._check_cache(inputs)
         microbatches = self._cut(inputs, 1 if caches else None)
         plan = self._plan(len(microbatches), trains=False)
@@ -257,7 +260,8 @@ class PipelineForward:
             ]
             values["loss"] = self._share(_total(losses))
         if caches:
-            values["past_key_values"] = inputs.get("past_key_values", self._split.runner.cache)
+            made = self._split.runner.take_cache()
+            values["past_key_values"] = inputs.get("past_key_values", made)
         return kind(**values)
 
     def _share_fields(self, kind: type, outputs: Sequence[Any]) -> dict[str, Tensor | None]:

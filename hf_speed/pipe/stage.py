@@ -272,11 +272,10 @@ class StageRunner(nn.Module):
     Attributes:
         output_kind: class of what the model returns, also where that is of no use; None before it
             has run.
-        cache: the key-value cache that the model returned last.
     """
 
     output_kind: type | None
-    cache: Any
+    _cache: Any
     _model: nn.Module
     _forward: Callable[..., Any]
 
@@ -287,7 +286,7 @@ class StageRunner(nn.Module):
         self.__dict__["_model"] = model
         self.__dict__["_forward"] = model.forward
         self.__dict__["output_kind"] = None
-        self.__dict__["cache"] = None
+        self.__dict__["_cache"] = None
 
     def forward(self, stage: Stage, inputs: Mapping[str, Any], received: Tensor | None) -> Any:
         """Run one stage.
@@ -308,7 +307,7 @@ class StageRunner(nn.Module):
             output = self._model(**inputs)
             result = passage.finish()
         self.__dict__["output_kind"] = type(output)
-        self.__dict__["cache"] = getattr(output, "past_key_values", None)
+        self.__dict__["_cache"] = getattr(output, "past_key_values", None)
         if stage.is_last:
             return output
         if result is None:
@@ -317,6 +316,12 @@ class StageRunner(nn.Module):
                 f"last layer: its forward does not go through its list of layers."
             )
         return result
+
+    def take_cache(self) -> Any:
+        """The key-value cache that the model returned last, which is let go of here."""
+        taken = self._cache
+        self.__dict__["_cache"] = None
+        return taken
 
     @contextmanager
     def _own_forward(self) -> Iterator[None]:

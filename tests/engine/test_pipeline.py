@@ -1,5 +1,7 @@
 """A pipeline trains, evaluates and generates as one process does; what it cannot do, it refuses."""
 
+import gc
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -341,3 +343,33 @@ def _twice() -> None:
 
 def test_a_loss_without_a_backward_and_one_with_two_are_errors() -> None:
     run_ranks(_twice, 2)
+
+
+def _lets_go() -> None:
+    """Hidden states and key-value caches are gone when the results of a run are."""
+    model: Any = toy("llama")
+    engine = pipeline_engine(model)
+    alive: list[weakref.ref[Any]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
+        cache = kwargs.get("past_key_values")
+        alive.extend(weakref.ref(each) for each in (output, cache) if each is not None)
+
+    own = next(each for each in model.model.layers if next(each.parameters(), None) is not None)
+    own.register_forward_hook(note, with_kwargs=True)
+    tokens = global_batch("llama", 0)["input_ids"]
+    engine.backward(model(input_ids=tokens, labels=tokens).loss)
+    counts = [len(alive)]
+    with torch.no_grad():
+        model.eval()(input_ids=tokens)
+        counts.append(len(alive))
+        model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    # Four microbatches each, then one of two things for each token.
+    assert [*counts, len(alive)] == [4, 8, 8 + 3 * 2]
+    gc.collect()
+    assert all(each() is None for each in alive)
+    engine.detach()
+
+
+def test_nothing_of_a_batch_outlives_it() -> None:
+    run_ranks(_lets_go, 2)

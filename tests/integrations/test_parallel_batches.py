@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.trainer_utils import seed_worker
-from trl.trainer.utils import add_fused_lm_head
 
 import hf_speed
 from hf_speed.engine import engine_of
@@ -249,15 +248,18 @@ def _adafactor() -> None:
 
 
 def _with_fused_head() -> Any:
+    from trl.trainer.utils import add_fused_lm_head
+
     model: Any = llama(num_hidden_layers=4)
     add_fused_lm_head(model)
     return model
 
 
-def _liger(directory: str) -> None:
+def _told(directory: str, **arguments_of_others: Any) -> None:
+    """Train with arguments that need another package, or another release."""
     made = trainer(directory, SLICES, model=llama(num_hidden_layers=4))
-    # As if it was installed.
-    made.args.use_liger_kernel = True
+    for name, value in arguments_of_others.items():
+        setattr(made.args, name, value)
     made.train()
 
 
@@ -268,16 +270,12 @@ def _diverging(config: Any) -> None:
 
 
 def _refused(directory: str) -> dict[str, str]:
-    def trained(**options: Any) -> Any:
-        made = trainer(directory, PIPELINE, model=llama(num_hidden_layers=4), **options)
-        made.train()
-
     prepared = hf_speed.Accelerator(hf_speed=PIPELINE).prepare
     return {
-        "rebalanced": _message(lambda: trained(train_sampling_strategy="batch_rebalance")),
+        "rebalanced": _message(lambda: _told(directory, train_sampling_strategy="batch_rebalance")),
         "adafactor": _message(_adafactor),
         "fused head": _message(lambda: prepared(_with_fused_head())),
-        "liger": _message(lambda: _liger(directory)),
+        "liger": _message(lambda: _told(directory, use_liger_kernel=True)),
         "router": _message(lambda: prepared(_mixtral())),
         "lora": _message(lambda: prepared(_lora())),
         "diverging": _message(lambda: _diverging(PIPELINE)),

@@ -139,6 +139,8 @@ def test_every_checkpoint_is_a_hub_model_with_the_weights_of_all_ranks(tmp_path:
         first = found[0][index]
         home = tmp_path / mesh
         assert len(list((home / "final").glob("model-*.safetensors"))) > 1
+        for name in ("config.json", "generation_config.json", "training_args.bin"):
+            assert (home / "final" / name).is_file()
         for name in ("final", "pretrained", f"checkpoint-{first['step']}"):
             loaded = AutoModelForCausalLM.from_pretrained(home / name).state_dict()
             assert loaded.keys() == first["plain"].keys()

@@ -27,6 +27,7 @@ run cpu_adam.py "$@"
 run offload_step.py "$@"
 run pipe_bubble.py "$@"
 run pipe_train.py "$@"
+run mesh_equality.py "$@"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     run zero_step.py --device cuda "$@"
     run offload_gpu.py "$@"

@@ -15,13 +15,14 @@ from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_speed.config import ResolvedPipe
 from hf_speed.engine.division import Division
 from hf_speed.errors import ConfigError, EngineError
 from hf_speed.mesh import ParallelMesh
-from hf_speed.mesh.collectives import broadcast_flat
+from hf_speed.mesh.collectives import all_reduce_small, broadcast_flat
 from hf_speed.pipe import batch as batches
 from hf_speed.pipe.action import Kind
 from hf_speed.pipe.lower import lower
@@ -245,7 +246,7 @@ class PipelineForward:
             # Else a model may keep keys and values of all microbatches, by its config.
             inputs["use_cache"] = False
         self._check_cache(inputs)
-        microbatches = self._cut(inputs, 1 if caches else None)
+        microbatches = self._cut(inputs, 1 if caches else self._agreed_count(inputs))
         plan = self._plan(len(microbatches), trains=False)
         outputs = self._runtime.run(plan, microbatches).outputs
         kind = self._split.runner.output_kind
@@ -277,6 +278,15 @@ class PipelineForward:
         flags = torch.tensor(there, dtype=torch.uint8, device=self._mesh.device)
         shared = [name for name, flag in zip(names, self._from_last(flags), strict=True) if flag]
         return {name: self._share(torch.cat(pieces[name]) if outputs else None) for name in shared}
+
+    def _agreed_count(self, inputs: Mapping[str, Any]) -> int | None:
+        """How many microbatches all data-parallel ranks can have, where they gather for each."""
+        if self._shard != "microbatch":
+            return None
+        rows = torch.tensor([batches.num_rows(inputs)], device=self._mesh.device)
+        data = self._mesh.axis("dp_replicate", "dp_shard")
+        all_reduce_small(rows, group=data, journal=self._mesh.journal, op=dist.ReduceOp.MIN)
+        return batches.choose_count(None, rows=int(rows), num_ranks=self._mesh.sizes["pp"])
 
     def _check_cache(self, inputs: Mapping[str, Any]) -> None:
         """Refuse a key-value cache that the stages of this rank cannot each follow."""

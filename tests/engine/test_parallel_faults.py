@@ -355,5 +355,21 @@ def _uneven_data() -> None:
         engine.detach()
 
 
+def _uneven_evaluation() -> None:
+    """Gathers for every microbatch are collective: all ranks have as many, whatever their rows."""
+    model, whole = toy(), toy().eval()
+    pipe = {"gather": "microbatch", "schedule": "1f1b"}
+    engine = attach(model, PIPE, 3, pipe=pipe, debug={"timeout_s": 20.0})
+    mine = engine.mesh.axis("dp_replicate", "dp_shard").rank
+    for rows in ((4, 3), (1, 4)):
+        tokens = global_batch("llama", mine)["input_ids"][: rows[mine]]
+        with torch.no_grad():
+            logits = model.eval()(input_ids=tokens).logits
+            expected = whole(input_ids=tokens).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    engine.detach()
+
+
 def test_pipelines_side_by_side_may_have_batches_of_other_shapes() -> None:
     run_ranks(_uneven_data, 4)
+    run_ranks(_uneven_evaluation, 4)

@@ -252,6 +252,36 @@ def test_whole_values_are_read_and_written_by_name_on_every_rank() -> None:
     run_ranks(_by_name, 2)
 
 
+def _norms() -> None:
+    """Heads that several slices have, norms of heads, a tied weight: each counts once."""
+    shared = {"num_key_value_heads": 1}
+    cases = [("llama", shared, SLICES, 1), ("qwen3", shared, SLICES, 3), ("gpt2", {}, PIPE, 1)]
+    if ranks_here() == 4:
+        cases = [("qwen3", shared, BOTH, 3), ("gpt2", {}, BOTH, 1)]
+    for kind, overrides, mesh, stage in cases:
+        ours, theirs = toy(kind, **overrides), toy(kind, **overrides)
+        engine = attach(ours, mesh, stage)
+        batch = global_batch(kind, 0)
+        engine.backward(ours(**batch).loss)
+        theirs(**batch).loss.backward()
+        gradients = [parameter.grad for parameter in theirs.parameters()]
+        for norm_type in (2.0, 1.0, float("inf")):
+            expected = nn.utils.get_total_norm(gradients, norm_type)
+            norm = engine.clip_grad_norm_(1e9, norm_type)
+            torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0.0)
+        engine.clip_grad_norm_(0.01)
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)
+        for name, parameter in theirs.named_parameters():
+            found = engine.get_full_grad(name)
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-7)
+        engine.detach()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_norms_count_what_several_ranks_hold_once(world_size: int) -> None:
+    run_ranks(_norms, world_size)
+
+
 def _nothing_trained_here() -> None:
     """The first stage has nothing to train, so its optimizer nothing to know."""
     model = _with_adapters(2, 4)
@@ -327,19 +357,26 @@ def test_gathered_shows_a_ranks_part_and_keeps_changes(world_size: int) -> None:
     run_ranks(_gathered, world_size)
 
 
-def _tied_copies() -> None:
-    model = toy("gpt2")
-    engine = attach(model, PIPE, 1)
-    with gathered(model, modify=True), torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(2.0 + rank_here())
-    assert engine.get_full_parameter("transformer.wte.weight").unique().tolist() == [2.0]
-    engine.detach()
-    assert model.lm_head.weight is model.transformer.wte.weight
+def _copies() -> None:
+    """Of a tied weight on two stages, and of heads on two slices."""
+    heads = "model.layers.1.self_attn.k_proj.weight"
+    for kind, mesh, name, overrides in (
+        ("gpt2", PIPE, "transformer.wte.weight", {}),
+        ("llama", SLICES, heads, {"num_key_value_heads": 1}),
+    ):
+        model = toy(kind, **overrides)
+        engine = attach(model, mesh, 1)
+        with gathered(model, modify=True), torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(2.0 + rank_here())
+        assert engine.get_full_parameter(name).unique().tolist() == [2.0]
+        here = dict(model.named_parameters(remove_duplicate=False)).get(name)
+        assert here is None or here.unique().tolist() == [2.0]
+        engine.detach()
 
 
-def test_both_copies_of_a_tied_weight_take_the_first_ones_changes() -> None:
-    run_ranks(_tied_copies, 2)
+def test_copies_of_a_parameter_take_the_first_ones_changes() -> None:
+    run_ranks(_copies, 2)
 
 
 def _freeze(model: Any) -> None:

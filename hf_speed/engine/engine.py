@@ -32,11 +32,11 @@ from hf_speed.engine.rng import share_rng
 from hf_speed.engine.stages import install_pipeline
 from hf_speed.engine.state import load_engine, save_engine
 from hf_speed.engine.structure import (
-    allow_resizing,
+    allow_parts,
     has_new_structure,
     left_together,
     new_structure,
-    refuse_resizing,
+    refuse_parts,
     replacements,
     resizings,
 )
@@ -155,7 +155,7 @@ class Engine:
             else []
         )
         if self._parts.division.is_divided:
-            refuse_resizing(self.model, self.mesh)
+            refuse_parts(self.model, self.mesh)
 
     @property
     def config(self) -> ResolvedConfig:
@@ -456,7 +456,7 @@ class Engine:
         self._parts.tiers.close()
         unwrap_generate(self._generating)
         unwrap_zero_grad(self.model)
-        allow_resizing(self.model)
+        allow_parts(self.model)
         remove_link(self.model, self._link)
         self._parts.mesh.close()
 

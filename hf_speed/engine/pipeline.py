@@ -11,7 +11,6 @@ so that evaluation, prediction and generation are those of a whole model.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -380,10 +379,24 @@ class PipelineForward:
             if self._had_own:
                 self._model.__dict__["forward"] = self._own
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model has some of the layers only; it runs as its class does."""
-        copied = memo[id(self._model)]
-        return MethodType(type(copied).forward, copied)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_CopyOfStages":
+        """A copy of the model has some of the layers only."""
+        return _CopyOfStages(type(self._model).__name__, self._mesh.sizes["pp"])
+
+
+class _CopyOfStages(NamedTuple):
+    """The forward of a copy of a model of which this rank has some stages."""
+
+    model: str
+    num_ranks: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 - whatever it is given
+        """Raise EngineError."""
+        raise EngineError(
+            f"This is a copy of what one of {self.num_ranks} pipeline ranks has of {self.model} "
+            f"(mesh.pp={self.num_ranks}): it has some of the layers only. Copy the model before it "
+            f"is prepared, or after engine.detach(), and prepare the copy too."
+        )
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)

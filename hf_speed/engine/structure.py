@@ -1,12 +1,12 @@
 """Changes of a model's structure inside `gathered(modify=True)`.
 
 Of a model that every rank sees whole, the engine finds what was replaced, resized or frozen, and
-takes it over anew. Where each rank has a part only, such changes are refused, on all ranks.
+takes it over anew. Where each rank has a part only, such changes are refused, on all ranks; so is
+what would take a part for the whole.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from hf_speed.errors import EngineError
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.collectives import agree
 
-_RESIZE = "resize_token_embeddings"
+_RESIZE, _STATE = "resize_token_embeddings", "state_dict"
 
 
 def has_new_structure(parts: Parts, model: nn.Module) -> bool:
@@ -79,44 +79,68 @@ def left_together(mesh: ParallelMesh, what: str) -> Iterator[None]:
 
 def new_structure(mesh: ParallelMesh, what: str) -> EngineError:
     """The error of a change that other ranks, which have other parts, cannot follow."""
-    return EngineError(
-        f"{what}, but with mesh.pp={mesh.sizes['pp']} and mesh.tp={mesh.sizes['tp']} each rank has "
-        f"a part of the model only. Change the model before it is prepared, or call "
-        f"engine.detach() first, which makes it whole, and prepare it again."
-    )
+    return EngineError(f"{what}, but {_parts_of(mesh.sizes['pp'], mesh.sizes['tp'])} {_WHOLE}")
 
 
-class RefusedResize:
-    """Stands in front of one module's `resize_token_embeddings`."""
+_WHOLE = (
+    "Change the model before it is prepared, or call engine.detach() first, which makes it whole, "
+    "and prepare it again."
+)
 
-    def __init__(self, module: nn.Module, mesh: ParallelMesh) -> None:
+
+def _parts_of(pp: int, tp: int) -> str:
+    return f"with mesh.pp={pp} and mesh.tp={tp} each rank has a part of the model only."
+
+
+class Refused:
+    """Stands in front of a method of one module that would give, or change, a part for the whole.
+
+    Args:
+        module: whose method it is.
+        method: its name.
+        sizes: of the axes `pp` and `tp`.
+    """
+
+    def __init__(self, module: nn.Module, method: str, sizes: tuple[int, int]) -> None:
         self._module = module
-        self._mesh = mesh
+        self._method = method
+        self._sizes = sizes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise EngineError: this rank has a part of the embeddings, or none."""
-        if not args and not kwargs:
-            # Asked for the embeddings only, as transformers' method has it.
-            return getattr(type(self._module), _RESIZE)(self._module)
-        raise new_structure(
-            self._mesh, f"{_RESIZE}() would change the embeddings of {type(self._module).__name__}"
+        """Raise EngineError; but for embeddings whose size is not to change."""
+        kind = type(self._module)
+        if self._method == _RESIZE:
+            if not args and not kwargs:
+                # Asked for the embeddings only, as transformers' method has it.
+                return getattr(kind, _RESIZE)(self._module)
+            raise EngineError(
+                f"{_RESIZE}() would change the embeddings of {kind.__name__}, but "
+                f"{_parts_of(*self._sizes)} {_WHOLE}"
+            )
+        raise EngineError(
+            f"state_dict() would give what this rank has of {kind.__name__}: "
+            f"{_parts_of(*self._sizes)} Call accelerator.get_state_dict(model) or "
+            f"save_pretrained(directory, is_main_process=...) on every rank, or iterate over "
+            f"engine.full_parameters()."
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model has its class's method."""
-        copied = memo[id(self._module)]
-        return MethodType(getattr(type(copied), _RESIZE), copied)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Refused":
+        """A copy of the model has a part only, too."""
+        return Refused(memo[id(self._module)], self._method, self._sizes)
 
 
-def refuse_resizing(model: nn.Module, mesh: ParallelMesh) -> None:
-    """Let every module of `model` that can resize embeddings refuse it."""
+def refuse_parts(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Let `model` refuse what takes a rank's part of it for the whole."""
+    sizes = mesh.sizes["pp"], mesh.sizes["tp"]
+    model.__dict__[_STATE] = Refused(model, _STATE, sizes)
     for module in model.modules():
         if callable(getattr(type(module), _RESIZE, None)):
-            module.__dict__[_RESIZE] = RefusedResize(module, mesh)
+            module.__dict__[_RESIZE] = Refused(module, _RESIZE, sizes)
 
 
-def allow_resizing(model: nn.Module) -> None:
-    """The inverse of refuse_resizing."""
+def allow_parts(model: nn.Module) -> None:
+    """The inverse of refuse_parts."""
     for module in model.modules():
-        if isinstance(module.__dict__.get(_RESIZE), RefusedResize):
-            del module.__dict__[_RESIZE]
+        for name in (_RESIZE, _STATE):
+            if isinstance(module.__dict__.get(name), Refused):
+                del module.__dict__[name]

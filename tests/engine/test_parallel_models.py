@@ -1,5 +1,6 @@
 """What users do to models and optimizers, on pipelines and slices as in plain PyTorch."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -394,14 +395,25 @@ def _change(model: Any, change: Callable[[Any], None]) -> None:
 
 
 def _refused() -> None:
-    for mesh in (PIPE, SLICES):
+    for mesh, stage in ((PIPE, 1), (PIPE, 3), (SLICES, 1)):
         model: Any = toy()
-        engine = attach(model, mesh, 3)
+        engine = attach(model, mesh, stage)
         with pytest.raises(EngineError, match=r"resize_token_embeddings\(\).*mesh\.pp=\d.*detach"):
             _change(model, lambda model: model.resize_token_embeddings(70))
         with pytest.raises(EngineError, match=r"frozen parameters, but with mesh\.pp.*detach\(\)"):
             _change(model, _freeze)
         model.requires_grad_()
+        with pytest.raises(
+            EngineError, match=r"state_dict\(\).*mesh\.pp=\d.*get_state_dict\(model\)"
+        ):
+            model.state_dict()
+        copied = copy.deepcopy(model) if stage == 1 else None
+        if copied is not None and mesh.pp > 1:
+            with pytest.raises(EngineError, match=r"copy of what one of 2 pipeline ranks has"):
+                copied(**global_batch("llama", 0))
+        if copied is not None:
+            with pytest.raises(EngineError, match=r"state_dict\(\) would give what this rank has"):
+                copied.state_dict()
         mine = ValueError if rank_here() == 1 else EngineError
         with pytest.raises(mine, match="of this rank alone"):
             _change(model, _fail_on_rank_1)
@@ -410,6 +422,7 @@ def _refused() -> None:
         engine.detach()
         model.resize_token_embeddings(70, mean_resizing=False)
         assert model.lm_head.weight.shape == (70, 16)
+        assert len(model.state_dict()) == len(toy().state_dict())
         assert engine_of(model) is None
 
 

@@ -10,6 +10,7 @@ so that evaluation, prediction and generation are those of a whole model.
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -70,21 +71,16 @@ class Gradients(Protocol):
         ...
 
     @property
-    def are_clear(self) -> bool:
-        """Whether there are no gradients yet."""
-        ...
-
-    @property
     def loss_scale(self) -> float:
         """The factor on the loss in fp16, else 1."""
         ...
 
-    def scale(self, factor: float) -> None:
-        """Multiply those that are not reduced."""
+    def drop(self) -> None:
+        """The gradients of the last run do not count."""
         ...
 
-    def commit(self) -> None:
-        """A backward is done: reduce, if this one ends an accumulation."""
+    def commit(self, factor: float) -> None:
+        """They count, times `factor`: as a backward that is done."""
         ...
 
 
@@ -182,13 +178,6 @@ class PipelineForward:
         return {name: value for name, value in inputs.items() if value is not None}
 
     def _train(self, inputs: dict[str, Any]) -> Any:
-        if self._open is not None:
-            raise EngineError(
-                "The loss of the batch before has had no backward(), so its gradients, which a "
-                "pipeline computes in the forward, would be added to those of this batch. Call "
-                "loss.backward() (or accelerator.backward(loss)) once for every batch, or compute "
-                "losses that are not trained on inside torch.no_grad()."
-            )
         takes_labels = "labels" in self.__signature__.parameters
         if takes_labels and not any("label" in name for name in inputs):
             raise ConfigError(
@@ -203,41 +192,47 @@ class PipelineForward:
         microbatches = self._cut(inputs, self._config.microbatches)
         plan = self._plan(len(microbatches), trains=True)
         seeds, after = self._seeds(len(microbatches))
+        # Of a loss before that has had no backward nothing is left, as in plain PyTorch.
+        self._open = opened = _Loss(self._factor * self._gradients.loss_scale)
         self._gradients.begin()
-        self._open = _Loss(self._factor * self._gradients.loss_scale, self._gradients.are_clear)
         try:
-            result = self._runtime.run(plan, microbatches, scale=self._open.factor, seeds=seeds)
+            result = self._runtime.run(plan, microbatches, scale=opened.factor, seeds=seeds)
         except BaseException:
             self._open = None
             raise
         finally:
             self._gradients.end()
+            if self._open is None:
+                self._gradients.drop()
             if after is not None:
                 set_generator_state(after, self._mesh.device)
         anchor = torch.zeros((), device=self._mesh.device, requires_grad=True)
-        loss = _Committed.apply(result.loss.view(()), self, anchor)
+        loss = _Committed.apply(result.loss.view(()), self, opened, anchor)
         kind = self._split.runner.output_kind
         return loss if kind in (None, Tensor) else kind(loss=loss)
 
-    def commit(self, factor: float) -> None:
+    def commit(self, loss: "_Loss", factor: float) -> None:
         """`loss.backward()` multiplies gradients by `factor`: those that wait are made to fit.
 
         Raises:
-            EngineError: another factor than before, with older gradients already added to these.
+            EngineError: the loss has had its backward, or another batch has come since.
         """
-        loss, self._open = self._open, None
-        if loss is None:
-            raise EngineError("This loss has had its backward() already.")
-        if factor != loss.factor:
-            if not loss.is_alone:
+        if loss is not self._open:
+            if loss.is_done:
                 raise EngineError(
-                    f"loss.backward() scales gradients by {factor:g}, but those of this step that "
-                    f"are there already were scaled by {loss.factor:g}: a pipeline computes them "
-                    f"in the forward. Multiply every loss of a step by the same factor."
+                    "This loss has had its backward() already: a pipeline keeps nothing for a "
+                    "second one."
                 )
-            self._gradients.scale(factor / loss.factor)
+            raise EngineError(
+                "Another batch has gone through the pipeline since this loss was computed. Its "
+                "gradients, which a pipeline computes in the forward, were dropped then. Call "
+                "loss.backward() (or accelerator.backward(loss)) for each batch before the next."
+            )
+        self._open, loss.is_done = None, True
+        self._gradients.commit(factor / loss.factor)
+        if factor and math.isfinite(factor):
+            # The next loss will have the same one: then nothing has to be multiplied.
             self._factor = factor / self._gradients.loss_scale
-        self._gradients.commit()
 
     def _evaluate(self, inputs: dict[str, Any]) -> Any:
         caches = "past_key_values" in inputs or inputs.get("use_cache")
@@ -406,30 +401,37 @@ _APART = ("loss", "past_key_values")
 """Fields of a model's output that are not its rows' and come in another way."""
 
 
-class _Loss(NamedTuple):
-    """A loss whose backward() has not been called.
+class _Loss:
+    """A loss and what has become of it.
 
     Attributes:
         factor: that its gradients were multiplied by.
-        is_alone: whether there are no older gradients.
+        is_done: whether its backward() has been called.
     """
 
-    factor: float
-    is_alone: bool
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.is_done = False
 
 
 class _Committed(torch.autograd.Function):
     """The loss, whose gradients are there already; its backward tells the pipeline the factor."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, pipeline: PipelineForward, anchor: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.pipeline = pipeline
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        pipeline: PipelineForward,
+        loss: _Loss,
+        anchor: Tensor,  # noqa: ARG004 - what makes the loss take a gradient
+    ) -> Tensor:
+        ctx.pipeline, ctx.loss = pipeline, loss
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyrefly: ignore
-        ctx.pipeline.commit(float(grad))
-        return None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:  # pyrefly: ignore
+        ctx.pipeline.commit(ctx.loss, float(grad))
+        return None, None, None, None
 
 
 def _total(losses: Sequence[Tensor]) -> Tensor | None:

@@ -50,34 +50,18 @@ class StageGradients:
         self._parts.reducer.end_collecting()
 
     @property
-    def are_clear(self) -> bool:
-        """Whether there are no gradients yet."""
-        if self._parts.reducer.has_unreduced:
-            return False
-        return all(
-            piece.grad is None
-            for group in self._parts.groups
-            for piece in group.pieces
-            if not group.travels
-        )
-
-    @property
     def loss_scale(self) -> float:
         """The factor on the loss in fp16, else 1."""
         return self._engine.loss_scale
 
-    def scale(self, factor: float) -> None:
-        """Multiply those that are not reduced."""
-        self._parts.reducer.scale_unreduced(factor)
-        for group in self._parts.groups:
-            for piece in group.pieces if not group.travels else ():
-                if piece.grad is not None:
-                    piece.grad.mul_(factor)
+    def drop(self) -> None:
+        """They do not count: the run has failed, or nobody wants them."""
+        self._parts.reducer.drop_collected()
 
-    def commit(self) -> None:
-        """A backward is done: reduce, if this one ends an accumulation. Collective then."""
-        if self._engine.sync_gradients:
-            self._parts.reducer.flush()
+    def commit(self, factor: float) -> None:
+        """They count, times `factor`: reduce, if this ends an accumulation. Collective then."""
+        sync = self._engine.sync_gradients
+        self._parts.reducer.take_collected(factor=factor, sync=sync)
         self._parts.stepper.forget_gradients()
 
 

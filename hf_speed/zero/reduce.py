@@ -29,6 +29,7 @@ from hf_speed.mesh.collectives import (
 )
 from hf_speed.mesh.journal import Journal
 from hf_speed.zero.collection import Collection, InFlight
+from hf_speed.zero.fresh import FreshGradients
 from hf_speed.zero.gradients import GradientTier, piece_values
 from hf_speed.zero.group import FlatGroup
 from hf_speed.zero.parameter import placeholder_of
@@ -70,6 +71,8 @@ class Reducer:
         each_backward: bool,
     ) -> None:
         self._collections = [Collection(group) for group in groups if group.travels]
+        others = [group for group in groups if not group.travels]
+        self._fresh = FreshGradients(self._collections, others, pool)
         self._by_group = {collection.group: collection for collection in self._collections}
         self._pool = pool
         self.tier = GradientTier(pool)
@@ -94,6 +97,7 @@ class Reducer:
         self.begin(sync=False)
         self._reducing = False
         self._collecting = True
+        self._fresh.begin()
 
     @property
     def is_collecting(self) -> bool:
@@ -101,10 +105,25 @@ class Reducer:
         return self._collecting
 
     def end_collecting(self) -> None:
-        """End what `begin_collecting` has started, and show what has come."""
+        """End what `begin_collecting` has started; what has come waits apart from older sums."""
         if self._collecting:
             self._collecting = False
+            self._fresh.end()
             self.finish()
+
+    def drop_collected(self) -> None:
+        """Forget what has come since `begin_collecting`."""
+        self._fresh.drop()
+
+    def take_collected(self, *, factor: float, sync: bool) -> None:
+        """What has come since `begin_collecting` counts: as one backward of a loss times `factor`.
+
+        Older gradients that the user has cleared since are not added to. Collective with `sync`.
+        """
+        self.begin(sync=False)
+        self._fresh.add(factor)
+        self._reducing = sync
+        self.finish()
 
     def begin(self, *, sync: bool) -> None:
         """Start a backward. Gradients that the user has cleared since are not added to."""
@@ -219,6 +238,7 @@ class Reducer:
     def clear(self) -> None:
         """Forget every gradient, as zero_grad() does, and its memory."""
         self._stand_ins.hide()
+        self._fresh.drop()
         for collection in self._collections:
             self._forget(collection)
             collection.send = None
@@ -236,12 +256,6 @@ class Reducer:
                 # They look into a local sum, whose memory is used again once it has left.
                 piece.grad = None
         self.finish()
-
-    def scale_unreduced(self, factor: float) -> None:
-        """Multiply what was summed locally and not reduced yet."""
-        for collection in self._collections:
-            if collection.local is not None:
-                collection.local.mul_(factor)
 
     @property
     def has_unreduced(self) -> bool:

@@ -171,11 +171,15 @@ def _accumulated() -> None:
         theirs.step()
         theirs.zero_grad()
     assert_same_values(whole_parameters(engine), plain_parameters(whole), rtol=1e-5, atol=1e-5)
-    batch = own_rows(engine, global_batch("llama", 9))
-    engine.sync_gradients = False
-    engine.backward(model(**batch).loss / 2)
-    with pytest.raises(EngineError, match=r"scales gradients by 0\.25, but.*scaled by 0\.5"):
-        engine.backward(model(**batch).loss / 4)
+    # Each loss of a step may have its own factor.
+    for micro, factor in enumerate((0.25, -2.0, 0.0, 1.0)):
+        batch = global_batch("llama", 9 + micro)
+        engine.sync_gradients = micro == 3
+        engine.backward(model(**own_rows(engine, batch)).loss * factor)
+        (whole(**batch).loss * factor).backward()
+    for name, parameter in whole.named_parameters():
+        found = engine.get_full_grad(name)
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
     engine.detach()
 
 
@@ -328,20 +332,60 @@ def test_what_a_pipeline_cannot_do_is_refused_with_the_numbers() -> None:
     run_ranks(_refusals, 2)
 
 
+def _order_of_calls() -> None:
+    """Losses without a backward, and gradients cleared between a forward and its backward."""
+    for stage in (1, 3):
+        model, whole = toy("llama"), toy("llama")
+        engine = pipeline_engine(model, stage=stage, microbatches=2)
+        optimizer, theirs = adamw(model.parameters()), adamw(whole.parameters())
+        engine.bind_optimizer(optimizer)
+        for step in range(4):
+            batch = global_batch("llama", step)
+            # Read and thrown away.
+            model(**own_rows(engine, global_batch("llama", 20 + step)))
+            loss, expected = model(**own_rows(engine, batch)).loss, whole(**batch).loss
+            for each in (optimizer, theirs):
+                match step:
+                    case 0 | 3:
+                        each.zero_grad()
+                    case 1:
+                        each.zero_grad(set_to_none=False)
+                    case 2:
+                        # Not cleared: the gradients of the step before are added to.
+                        pass
+            if step == 3:
+                model.zero_grad()
+            engine.backward(loss)
+            expected.backward()
+            for name, parameter in whole.named_parameters():
+                found = engine.get_full_grad(name)
+                torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
+            optimizer.step()
+            theirs.step()
+        assert_same_values(whole_parameters(engine), plain_parameters(whole), rtol=1e-3, atol=1e-3)
+        engine.detach()
+
+
+def test_gradients_count_from_the_backward_on_as_in_plain_pytorch() -> None:
+    run_ranks(_order_of_calls, 2)
+    run_ranks(_order_of_calls, 4)
+
+
 def _twice() -> None:
     model = toy("llama")
     engine = pipeline_engine(model)
     batch = global_batch("llama", 0)
-    loss = model(**batch).loss
-    with pytest.raises(EngineError, match=r"has had no backward\(\)"):
-        model(**batch)
-    engine.backward(loss)
+    first = model(**batch).loss
+    second = model(**batch).loss
+    with pytest.raises(EngineError, match=r"Another batch has gone through.*were dropped then"):
+        engine.backward(first)
+    engine.backward(second)
     with pytest.raises(EngineError, match=r"has had its backward\(\) already"):
-        engine.backward(loss)
+        engine.backward(second)
     engine.detach()
 
 
-def test_a_loss_without_a_backward_and_one_with_two_are_errors() -> None:
+def test_a_loss_after_another_batch_and_a_second_backward_are_errors() -> None:
     run_ranks(_twice, 2)
 
 

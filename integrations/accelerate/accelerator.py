@@ -5,8 +5,8 @@
 
 prepare_model attaches an engine to the model in place and leaves autocast to accelerate;
 prepare_optimizer binds the user's optimizer to it. Data loaders, schedulers, gather and trackers
-are accelerate's own, untouched. Without a config (hf_speed=None and no HF_SPEED_CONFIG) every
-method is accelerate's.
+are accelerate's own; where several ranks see one batch (mesh.pp, mesh.tp) the first two are told
+so. Without a config (hf_speed=None and no HF_SPEED_CONFIG) every method is accelerate's.
 
 The accelerator holds no engine: it finds them on the models that it prepared, so free_memory()
 loses none.
@@ -29,7 +29,7 @@ from hf_speed.engine.rng import share_rng
 from hf_speed.errors import ConfigError
 from hf_speed.integrations.accelerate.agreement import watch_batches
 from hf_speed.integrations.accelerate.batches import BatchMesh, gather_samples
-from hf_speed.integrations.accelerate.clipping import engine_to_clip, ids_of
+from hf_speed.integrations.accelerate.clipping import engine_to_clip, ids_of, parameters_of
 from hf_speed.integrations.accelerate.loaders import (
     LoaderOptions,
     num_last_rows,
@@ -192,7 +192,7 @@ class Accelerator(accelerate.Accelerator):
         if not isinstance(optimizer, SpeedOptimizer) or optimizer.engine in self.engines:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        owners = [engine for engine in self.engines if held & ids_of(engine.model.parameters())]
+        owners = [engine for engine in self.engines if held & ids_of(parameters_of(engine))]
         if len(owners) > 1:
             names = ", ".join(type(engine.model).__name__ for engine in owners)
             raise ConfigError(

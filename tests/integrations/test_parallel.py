@@ -201,6 +201,16 @@ def _losses_of_ones_own(directory: str, config: Any) -> list[Any]:
     return found
 
 
+def _head_alone(directory: str, config: Any) -> list[tuple[float, float]]:
+    """Of a model whose head alone is trained: other stages have nothing to step."""
+    model = llama(num_hidden_layers=4)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith("lm_head")
+    made = trainer(directory, config, model=model, **WHOLE, max_steps=2)
+    made.train()
+    return curve(made)
+
+
 def _enabled(directory: str, config: Any) -> list[tuple[float, float]]:
     """Of stock classes, taught the field."""
     hf_speed.enable()
@@ -232,6 +242,7 @@ def _optioned(directory: str, config: Any) -> dict[str, Any]:
         "curves": found,
         "classified": _classified(directory, config),
         "enabled": _enabled(directory, config),
+        "head": _head_alone(directory, config),
         "headless": _headless(directory, config),
         "own": _losses_of_ones_own(directory, config),
     }
@@ -244,7 +255,8 @@ def test_options_of_the_trainer_mean_what_they_mean_in_one_process(tmp_path: Pat
     for two in (pipeline, slices):
         for mine, theirs in zip(two["curves"], one["curves"], strict=True):
             torch.testing.assert_close(flat(mine), flat(theirs), **SAME_MATHS)
-        torch.testing.assert_close(flat(two["enabled"]), flat(one["enabled"]), **SAME_MATHS)
+        for key in ("enabled", "head"):
+            torch.testing.assert_close(flat(two[key]), flat(one[key]), **SAME_MATHS)
         for mine, theirs in zip(two["headless"], one["headless"], strict=True):
             torch.testing.assert_close(flat(mine), flat(theirs), rtol=1e-4, atol=1e-5)
         for key, value in one["classified"].items():

@@ -261,7 +261,9 @@ class Estimator:
                 backward[-1].append(passing)
         reducing = most_alive(backward[:-1], backward[-1], fills=not self._is_pipeline)
         if self._is_pipeline:
-            here.update(each.summed for unit in backward for each in unit if each.summed)
+            # Those of a run wait beside older ones until its loss's backward says that they count.
+            for _ in range(2 if accumulates else 1):
+                here.update(each.summed for unit in backward for each in unit if each.summed)
             most = self._gathered(stage, tiers, num_kept=1) | here | reducing
         else:
             most = here + reducing

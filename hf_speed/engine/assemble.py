@@ -169,6 +169,7 @@ def _prepare(
             device=device,
             catalogue=division.catalogue,
             names=division.names,
+            blocks=division.blocks,
         )
         check_schedule(resolved.pipe, stage=resolved.stage)
     except BaseException:
@@ -248,8 +249,7 @@ def _build_units(
     division: Division,
 ) -> list[Unit]:
     precision = precision_of(model, config, compute_dtype=resolved.compute_dtype)
-    classes = None if resolved.units == "auto" else list(resolved.units)
-    plans = plan_units(model, classes, names=division.names)
+    plans = plan_units(model, names=division.names, blocks=division.blocks)
     released = released_class(dict(division.names))
     for stages, slices in division.all_sharings():
         # Every rank makes every group, in one order, whether or not it is in it.

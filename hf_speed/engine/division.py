@@ -26,6 +26,7 @@ from hf_speed.pipe.partition import Costs
 from hf_speed.pipe.stage import SplitModel, split_model
 from hf_speed.pipe.weights import needs_generator
 from hf_speed.zero.parameter import ShardedParameter, hide, placeholder_of, publish, released_class
+from hf_speed.zero.units import find_blocks
 
 if TYPE_CHECKING:
     from hf_speed.nn.sliced import SlicedModel, SlicePlan
@@ -50,6 +51,7 @@ class Division(NamedTuple):
         removed: parameters that are on other pipeline ranks alone.
         draws: whether a training forward draws random numbers.
         buffers: the persistent ones of the whole model.
+        blocks: modules of the whole model that are gathered as one, by path.
     """
 
     catalogue: Catalogue
@@ -60,6 +62,7 @@ class Division(NamedTuple):
     removed: Mapping[str, nn.Parameter]
     draws: bool
     buffers: tuple[BufferRecord, ...]
+    blocks: Mapping[str, nn.Module]
 
     def all_sharings(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(stages, places along `tp`) of every shared parameter on any rank, in a fixed order."""
@@ -141,6 +144,9 @@ def divide(
     }
     parameters = dict(model.named_parameters())
     draws = needs_generator(model)
+    # Before a stage lacks some of them: every rank finds the same, or raises.
+    units = config.zero.units
+    blocks = find_blocks(model, None if isinstance(units, str) else units)
     pipe = resolve_pipe(config)
     body = find_body(model) if mesh.sizes["pp"] > 1 else None
     dealing = None if body is None else _deal_out(model, body, pipe, mesh)
@@ -168,7 +174,7 @@ def divide(
             sliced.divide_between(*(stage.layer_ends for stage in split.stages.values()))
     removed = {name: p for name, p in parameters.items() if not catalogue.is_here(name)}
     _release(removed, mesh.device)
-    return Division(catalogue, names, sliced, split, placement, removed, draws, buffers)
+    return Division(catalogue, names, sliced, split, placement, removed, draws, buffers, blocks)
 
 
 def _deal_out(model: nn.Module, body: Body, pipe: ResolvedPipe, mesh: ParallelMesh) -> Dealing:

@@ -29,6 +29,7 @@ def plan(
     device: torch.device,
     catalogue: Catalogue,
     names: Mapping[int, str],
+    blocks: Mapping[str, nn.Module],
 ) -> ResolvedConfig:
     """Resolve every AUTO of `config` for this model, world and machine. Allocates nothing.
 
@@ -42,13 +43,19 @@ def plan(
         device: where modules compute.
         catalogue: of the whole model.
         names: id of a parameter -> its name in the whole model.
+        blocks: of the whole model, that become units.
 
     Raises:
         ConfigError: the config cannot take effect, or nothing that it allows fits.
     """
     world = _world()
     units = sizes_of(
-        model, config, compute_dtype=compute_dtype, names=names, sharing_of=catalogue.sharing_of
+        model,
+        config,
+        compute_dtype=compute_dtype,
+        names=names,
+        sharing_of=catalogue.sharing_of,
+        blocks=blocks,
     )
     if config.mesh.pp * config.mesh.tp > 1:
         units = _largest(units, world)
@@ -94,6 +101,7 @@ def sizes_of(
     compute_dtype: torch.dtype | None,
     names: Mapping[int, str] | None = None,
     sharing_of: Callable[[str], Sharing] = lambda _: Sharing(),
+    blocks: Mapping[str, nn.Module] | None = None,
 ) -> list[list[GroupSize]]:
     """The groups of each unit of `model`, which may be on the meta device, as sizes.
 
@@ -103,6 +111,7 @@ def sizes_of(
         compute_dtype: of mixed precision.
         names: id of a parameter -> its name in the whole model, where this is a part.
         sharing_of: name of a parameter -> the ranks that hold equal copies of it.
+        blocks: what becomes units; None: what the config names, or the model's own blocks.
 
     Raises:
         ConfigError: the config names units that the model lacks.
@@ -111,7 +120,7 @@ def sizes_of(
     classes = None if isinstance(config.zero.units, str) else config.zero.units
     return [
         [GroupSize.of(spec) for spec in group_specs(unit, precision, sharing_of)]
-        for unit in plan_units(model, classes, names=names)
+        for unit in plan_units(model, classes, names=names, blocks=blocks)
     ]
 
 

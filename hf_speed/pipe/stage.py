@@ -117,6 +117,38 @@ class LayerElsewhere(nn.Module):
         return (hidden,) if self._kind.returns_tuple else hidden
 
 
+class Entrance(nn.Module):
+    """Stands before a stage's first layer, which is given what was received.
+
+    What a model's forward does to hidden states between two layers the stage before has done; what
+    it does here, to what stand-ins hand on, does not count.
+
+    Args:
+        layer: the first of a stage; its attributes can be read here too.
+        passage: of the stage.
+    """
+
+    def __init__(self, layer: nn.Module, passage: Passage) -> None:
+        super().__init__()
+        # Not a submodule: it has its own place in the model.
+        self.__dict__["_layer"] = layer
+        self._passage = passage
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has."""
+        layer = self.__dict__.get("_layer")
+        return super().__getattr__(name) if layer is None else getattr(layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own, of what was received."""
+        received = self._passage.received
+        if "hidden_states" in kwargs:
+            kwargs["hidden_states"] = received
+        else:
+            args = (received, *args[1:])
+        return self.__dict__["_layer"](*args, **kwargs)
+
+
 class Elsewhere(nn.Module):
     """Stands for a module before or after the layers that is on another stage.
 
@@ -411,9 +443,11 @@ def _make_stage(body: Body, counts: Sequence[int], index: int, kind: LayerKind) 
                 kind=kind,
                 passage=passage,
             )
+        elif number == first and not is_first:
+            module = Entrance(module, passage)
         swaps.append(Swap(place, module))
     swaps += outside(body.after, here=is_last, comes_first=False)
-    own = [module for place, module in swaps if module is place.module]
+    own = [p.module for p, module in swaps if module is p.module or isinstance(module, Entrance)]
     for place in body.dropout:
         acts = DropoutSomewhere(place.module, is_first=is_first, is_last=is_last, passage=passage)
         swaps.append(Swap(place, acts))

@@ -48,6 +48,7 @@ def plan_units(
     block_classes: Sequence[str] | None = None,
     *,
     names: Mapping[int, str] | None = None,
+    blocks: Mapping[str, nn.Module] | None = None,
 ) -> list[UnitPlan]:
     """Divide the parameters of `model` in units: blocks in definition order, then the root.
 
@@ -56,11 +57,14 @@ def plan_units(
         block_classes: class names of the modules that become units; None finds them.
         names: id of a parameter -> its name, where another one than the first here is meant: that
             in the whole model, of which this is a part.
+        blocks: what becomes units, as `find_blocks` has found it in the whole model; None finds it
+            here.
 
     Raises:
         ConfigError: a class in `block_classes` is not in the model.
     """
-    blocks = _find_blocks(model, block_classes)
+    if blocks is None:
+        blocks = find_blocks(model, block_classes)
     owner_of_module: dict[nn.Module, nn.Module] = {}
     for block in blocks.values():
         for module in block.modules():
@@ -95,7 +99,14 @@ def plan_units(
     return [*units, UnitPlan("", model, tuple(root), is_root=True)]
 
 
-def _find_blocks(model: nn.Module, block_classes: Sequence[str] | None) -> dict[str, nn.Module]:
+def find_blocks(
+    model: nn.Module, block_classes: Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """The modules of `model` that become units, by path.
+
+    Raises:
+        ConfigError: a class in `block_classes` is not in the model.
+    """
     if block_classes is not None:
         return _named_blocks(model, block_classes)
     declared = {

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hf_speed.engine import Engine
 from hf_speed.integrations.transformers.slice_plan import plan_for
@@ -68,3 +69,43 @@ def mean_over_data(engine: Engine, loss: Tensor) -> Tensor:
     if data.group is not None:
         torch.distributed.all_reduce(mean, group=data.group)
     return mean / data.size
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    """Over what is trained."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Adapter(nn.Module):
+    """A frozen linear and, beside it, two small ones that are trained."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapted(first: int, last: int) -> nn.Module:
+    """A frozen model whose layers [first, last) have adapters."""
+    model: Any = toy()
+    model.requires_grad_(requires_grad=False)
+    torch.manual_seed(2)
+    for layer in model.model.layers[first:last]:
+        layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+    return model
+
+
+def step_plain(model: Any, batch: Any, *, pieces: int) -> Tensor:
+    """Forward and backward in plain PyTorch, in as many microbatches; the mean of their losses."""
+    total = torch.zeros(())
+    for index in range(pieces):
+        loss = model(**{k: v.chunk(pieces)[index] for k, v in batch.items()}).loss / pieces
+        if loss.requires_grad:
+            loss.backward()
+        total += loss.detach()
+    return total

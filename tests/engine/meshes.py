@@ -71,7 +71,7 @@ def mean_over_data(engine: Engine, loss: Tensor) -> Tensor:
     return mean / data.size
 
 
-def adamw(model: nn.Module) -> Optimizer:
+def adamw_of(model: nn.Module) -> Optimizer:
     """Over what is trained."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 

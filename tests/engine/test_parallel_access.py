@@ -14,7 +14,7 @@ from tests.engine.meshes import (
     PIPE,
     SLICES,
     Mesh,
-    adamw,
+    adamw_of,
     adapted,
     attach,
     own_rows,
@@ -44,7 +44,7 @@ def _by_name() -> None:
     """Write a parameter, a moment and a gradient; read them; the next step goes by them."""
     for mesh, stage in ((PIPE, 1), (PIPE, 3), (SLICES, 1), (SLICES, 3)):
         ours, theirs = toy(), toy()
-        optimizer, their_optimizer = adamw(ours), adamw(theirs)
+        optimizer, their_optimizer = adamw_of(ours), adamw_of(theirs)
         engine = attach(ours, mesh, stage)
         engine.bind_optimizer(optimizer)
         for step in range(2):
@@ -86,7 +86,7 @@ def test_whole_values_are_read_and_written_by_name_on_every_rank() -> None:
 def _nothing_trained_here() -> None:
     """The first stage has nothing to train, so its optimizer nothing to know."""
     model = adapted(2, 4)
-    optimizer = adamw(model)
+    optimizer = adamw_of(model)
     engine = attach(model, PIPE, 1)
     engine.bind_optimizer(optimizer)
     engine.backward(model(**global_batch("llama", 0)).loss)
@@ -109,7 +109,7 @@ def _in_16_bit() -> None:
     """A model that comes in bf16, with fp32 masters: whole states keep the masters' precision."""
     for mesh in (PIPE, SLICES):
         model = toy().to(torch.bfloat16)
-        optimizer = adamw(model)
+        optimizer = adamw_of(model)
         engine = attach(model, mesh, 3, dtype=torch.bfloat16)
         engine.bind_optimizer(optimizer)
         for step in range(2):
@@ -233,7 +233,7 @@ def test_what_would_change_other_ranks_parts_is_refused_on_all() -> None:
 def _from_mesh_to_mesh(meshes: Sequence[tuple[Mesh, int]]) -> None:
     """One model and one optimizer, detached and attached again on other meshes."""
     ours, theirs = toy("qwen3"), toy("qwen3")
-    optimizer, their_optimizer = adamw(ours), adamw(theirs)
+    optimizer, their_optimizer = adamw_of(ours), adamw_of(theirs)
     for step, (mesh, stage) in enumerate(meshes):
         batch = global_batch("qwen3", step)
         step_plain(theirs, batch, pieces=2)
@@ -259,7 +259,7 @@ def _two_engines() -> None:
         model, reference = toy(), toy(hidden_size=32)
         reference.requires_grad_(requires_grad=False).eval()
         plain, plain_reference = toy(), toy(hidden_size=32).eval()
-        optimizer, plain_optimizer = adamw(model), adamw(plain)
+        optimizer, plain_optimizer = adamw_of(model), adamw_of(plain)
         engine, frozen = attach(model, mesh, 1), attach(reference, other, 3)
         engine.bind_optimizer(optimizer)
         for step in range(2):

@@ -15,7 +15,7 @@ from tests.engine.meshes import (
     PIPE,
     SLICES,
     Mesh,
-    adamw,
+    adamw_of,
     adapted,
     attach,
     own_rows,
@@ -142,11 +142,11 @@ def _assert_same_states(
 
 def _on_meshes() -> None:
     cases = [
-        (lambda: adapted(2, 4), adamw, PIPE, 1),
-        (lambda: adapted(2, 4), adamw, PIPE, 3),
-        (lambda: adapted(0, 1), adamw, PIPE, 3),
-        (_partly_frozen, adamw, PIPE, 1),
-        (_partly_frozen, adamw, SLICES, 3),
+        (lambda: adapted(2, 4), adamw_of, PIPE, 1),
+        (lambda: adapted(2, 4), adamw_of, PIPE, 3),
+        (lambda: adapted(0, 1), adamw_of, PIPE, 3),
+        (_partly_frozen, adamw_of, PIPE, 1),
+        (_partly_frozen, adamw_of, SLICES, 3),
         (_with_unused, MAKERS["sgd"], PIPE, 1),
         (_with_unused, MAKERS["sgd"], PIPE, 3),
         *((toy, maker, PIPE, 1) for maker in MAKERS.values()),
@@ -154,7 +154,7 @@ def _on_meshes() -> None:
     ]
     if ranks_here() == 4:
         cases = [
-            (lambda: adapted(2, 4), adamw, PIPE, 3),
+            (lambda: adapted(2, 4), adamw_of, PIPE, 3),
             (_partly_frozen, _groups, BOTH, 1),
             (_with_unused, MAKERS["sgd"], Mesh(2, 1, replicas=2), 3),
             (toy, MAKERS["groups"], PIPE, 3),

@@ -156,6 +156,8 @@ class Engine:
         )
         if self._parts.division.is_divided:
             refuse_parts(self.model, self.mesh)
+            # The dropout that ranks of one batch repeat has to agree.
+            share_rng(self.mesh)
 
     @property
     def config(self) -> ResolvedConfig:

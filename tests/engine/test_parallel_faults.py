@@ -297,6 +297,34 @@ def test_ranks_of_one_batch_draw_the_same_numbers_after_an_exception() -> None:
     assert first == second
 
 
+def _seeds() -> list[float | str]:
+    """A gradient that both ranks have: each with a seed of its own before it attaches, and after."""
+    torch.manual_seed(rank_here())
+    debug = {"journal": True, "timeout_s": 20.0}
+    model = toy("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)
+    engine = attach(model, SLICES, 1, debug=debug)
+    found: list[float | str] = []
+    name = "transformer.h.1.ln_1.weight"
+    for seed in (None, rank_here()):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            engine.backward(model(**global_batch("gpt2", 0)).loss)
+            found.append(float(model.get_parameter(name).grad.sum()))
+        except DivergenceError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_of_one_batch_share_random_numbers_or_are_told() -> None:
+    first, second = run_ranks(_seeds, 2)
+    assert first[0] == second[0]
+    assert isinstance(first[0], float)
+    for _, message in (first, second):
+        assert "Ranks [0, 1] of tp/control are about to run different" in message
+        assert "random_numbers=" in message
+
+
 def _headers() -> list[int]:
     """Headers sent in each step, of batches whose shapes change."""
     model = toy()

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,7 +18,7 @@ from hf_speed.errors import EngineError
 from hf_speed.nn.sliced.exchange import Peers
 from hf_speed.nn.sliced.layers import LogitsSwitch
 from hf_speed.nn.sliced.loss import SlicedLogits, Words
-from hf_speed.nn.sliced.regions import Rows, SlicedRegion
+from hf_speed.nn.sliced.regions import Rows, SlicedRegion, dropout_rates, generator_of
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,6 +49,7 @@ class ModelHooks:
         self._regions = list(regions)
         self._rows = rows
         self._words = words
+        self._rates = list(dropout_rates(model.modules()))
         self._names = list(inspect.signature(model.forward).parameters)
         self._span: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = [
@@ -87,12 +89,22 @@ class ModelHooks:
         for region in self._regions:
             region.forget()
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
-        self._peers.journal.expect_same_batch(inputs, group=self._peers.tp)
+        self._expect_the_same(module, inputs)
         labels = inputs.get("labels")
         self._switch.local = self._words is not None and module.training and labels is not None
         if self._rows is not None:
             self._rows.random.forget()
             _refuse_hidden_states(module, kwargs)
+
+    def _expect_the_same(self, module: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """In debug mode: one batch, and one random state where dropout is repeated."""
+        journal = self._peers.journal
+        if not journal.enabled:
+            return
+        draws = module.training and any(getattr(each, name) for each, name in self._rates)
+        device = next((each.device for each in module.parameters()), torch.device("cpu"))
+        state = {"random_numbers": generator_of(device).get_state()} if draws else {}
+        journal.expect_same_batch({**inputs, **state}, group=self._peers.tp)
 
     def _after_model(self, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG002
         for region in self._regions:

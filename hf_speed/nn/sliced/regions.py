@@ -44,7 +44,7 @@ class RankRandom:
 
     def __init__(self, peers: Peers, scope: Iterable[nn.Module]) -> None:
         self._peers = peers
-        self._rates = list(_dropout_rates(scope))
+        self._rates = list(dropout_rates(scope))
         self._saved: tuple[torch.Generator, Tensor] | None = None
 
     def begin(self, device: torch.device, *, training: bool) -> None:
@@ -54,7 +54,7 @@ class RankRandom:
         if not any(getattr(module, name) for module, name in self._rates):
             return
         seed = int(torch.randint(_SEEDS, ()))
-        generator = _generator(device)
+        generator = generator_of(device)
         self._saved = generator, generator.get_state()
         generator.manual_seed((seed + _APART * (self._peers.rank + 1)) % _SEEDS)
 
@@ -69,7 +69,7 @@ class RankRandom:
         self._saved = None
 
 
-def _dropout_rates(modules: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, str]]:
+def dropout_rates(modules: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, str]]:
     """Where the dropout probabilities of `modules` are kept."""
     for module in modules:
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -79,7 +79,8 @@ def _dropout_rates(modules: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, st
                 yield module, name
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def generator_of(device: torch.device) -> torch.Generator:
+    """What dropout on `device` draws from."""
     if device.type != "cuda":
         return torch.default_generator
     index = device.index if device.index is not None else torch.cuda.current_device()

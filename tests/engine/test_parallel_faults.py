@@ -298,7 +298,7 @@ def test_ranks_of_one_batch_draw_the_same_numbers_after_an_exception() -> None:
 
 
 def _seeds() -> list[float | str]:
-    """A gradient that both ranks have: each with a seed of its own before it attaches, and after."""
+    """A gradient that both ranks have; each has seeds of its own before it attaches, and after."""
     torch.manual_seed(rank_here())
     debug = {"journal": True, "timeout_s": 20.0}
     model = toy("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)

@@ -142,7 +142,8 @@ class PipelineForward:
         self.__signature__ = inspect.signature(type(model).forward).replace(
             parameters=list(inspect.signature(type(model).forward).parameters.values())[1:]
         )
-        self._honours_count = "loss_function" in _source(type(model))
+        self._heeds_count = batches.uses_loss_function(model)
+        self._shifts_labels = batches.shifts_labels(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a batch through the pipeline. Collective over its ranks.
@@ -299,7 +300,7 @@ class PipelineForward:
 
     def _cut(self, inputs: dict[str, Any], wanted: int | None) -> list[batches.Microbatch]:
         """The batch in microbatches, weighed by their tokens."""
-        if "num_items_in_batch" in inputs and not self._honours_count:
+        if "num_items_in_batch" in inputs and not self._heeds_count:
             del inputs["num_items_in_batch"]
         if self._config.gather == "microbatch" and self._shard and wanted is None:
             raise ConfigError(
@@ -312,7 +313,7 @@ class PipelineForward:
         microbatches = batches.cut(inputs, count, last_only=last_only)
         if "num_items_in_batch" in inputs:
             return microbatches
-        return batches.weigh(microbatches, is_shifted=batches.shifts_labels(self._model))
+        return batches.weigh(microbatches, is_shifted=self._shifts_labels)
 
     def _plan(self, count: int, *, trains: bool) -> Plan:
         """The lowered plan for so many microbatches; made and validated once."""
@@ -440,14 +441,6 @@ def _total(losses: Sequence[Tensor]) -> Tensor | None:
 
 def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _source(kind: type) -> str:
-    """The source of a class's forward; empty where there is none to read."""
-    try:
-        return inspect.getsource(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
-    except (OSError, TypeError):
-        return ""
 
 
 def _waits(config: ResolvedPipe) -> bool:

@@ -4,6 +4,8 @@ The loss of a batch is a mean over its tokens. Microbatches have unequal numbers
 mean of their means would be another number: each is weighed by its share.
 """
 
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -105,7 +107,7 @@ def weigh(microbatches: list[Microbatch], *, is_shifted: bool) -> list[Microbatc
         microbatches: with `labels`, or `shift_labels`, among their labels.
         is_shifted: the first label of each row has no loss: a causal language model shifts them.
     """
-    counts = [_num_labels(each.labels, is_shifted=is_shifted) for each in microbatches]
+    counts = [_num_labels(each, is_shifted=is_shifted) for each in microbatches]
     total = sum(counts)
     return [
         each._replace(weight=count / total if total else 1.0 / len(counts))
@@ -113,11 +115,12 @@ def weigh(microbatches: list[Microbatch], *, is_shifted: bool) -> list[Microbatc
     ]
 
 
-def _num_labels(labels: Mapping[str, Any], *, is_shifted: bool) -> int:
-    shifted = labels.get("shift_labels")
-    values = labels.get("labels") if shifted is None else shifted
+def _num_labels(microbatch: Microbatch, *, is_shifted: bool) -> int:
+    shifted = microbatch.labels.get("shift_labels")
+    values = microbatch.labels.get("labels") if shifted is None else shifted
     if not isinstance(values, Tensor):
-        return 1
+        # Of another kind, as the positions of answers: one a row.
+        return num_rows(microbatch.inputs)
     if values.is_floating_point() or values.dim() < 2:
         return values.shape[0] if values.dim() else 1
     if is_shifted and shifted is None:
@@ -126,8 +129,28 @@ def _num_labels(labels: Mapping[str, Any], *, is_shifted: bool) -> int:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether the loss of `model` shifts labels by one: transformers' causal language models."""
-    return getattr(model, "loss_type", None) == "ForCausalLM"
+    """Whether the loss of `model` leaves out the first label of each row, as a causal one does.
+
+    Transformers' models say so by their `loss_type`, of which none is a causal language model's.
+    Those that compute a loss in their own forward are read.
+    """
+    if not uses_loss_function(model):
+        return re.search(r"labels\[(\.\.\.|:), ?1:", _source(model)) is not None
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
+
+
+def uses_loss_function(model: nn.Module) -> bool:
+    """Whether a model leaves its loss to transformers' `loss_function`, which heeds counts."""
+    return "loss_function" in _source(model)
+
+
+def _source(model: nn.Module) -> str:
+    """The source of a model's forward; empty where there is none to read."""
+    forward: Any = type(model).forward
+    try:
+        return inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return ""
 
 
 def loss_of(output: Any, *, weight: float) -> Tensor:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from hf_speed.errors import ConfigError
-from hf_speed.pipe.batch import choose_count, cut, loss_of, num_rows, weigh
+from hf_speed.pipe.batch import choose_count, cut, loss_of, num_rows, shifts_labels, weigh
+from tests.engine.toys import toy_model
 
 LABELS = frozenset({"labels"})
 
@@ -61,3 +63,38 @@ def test_a_microbatch_without_tokens_has_no_loss_and_no_gradient() -> None:
     assert torch.equal(x.grad, torch.zeros(2, 3))
     with pytest.raises(ConfigError, match=r"returned Tensor without a scalar loss"):
         loss_of(torch.ones(3), weight=1.0)
+
+
+def test_rows_weigh_where_there_are_no_labels() -> None:
+    inputs = {"input_ids": torch.zeros(3, 4), "start_positions": torch.zeros(3)}
+    parts = weigh(cut(inputs, 2, last_only=frozenset()), is_shifted=False)
+    assert [part.weight for part in parts] == [2 / 3, 1 / 3]
+
+
+class _ShiftsByHand(nn.Module):
+    loss_type = None
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """As models did before there was a `loss_function`."""
+        shifted = labels[..., 1:].contiguous()
+        return nn.functional.cross_entropy(logits[..., :-1, :].flatten(0, 1), shifted.flatten())
+
+
+class _ShiftsNothing(nn.Module):
+    loss_type = "ForCausalLM"
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """A loss of its own, whatever its class is called."""
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(
+    ("kind", "shifts"), [("llama", True), ("gpt2", True), ("bert", False), ("t5", False)]
+)
+def test_whether_a_models_loss_shifts_its_labels(kind: str, shifts: bool) -> None:  # noqa: FBT001
+    assert shifts_labels(toy_model(kind)) == shifts
+
+
+def test_losses_of_a_models_own_are_read() -> None:
+    assert shifts_labels(_ShiftsByHand())
+    assert not shifts_labels(_ShiftsNothing())

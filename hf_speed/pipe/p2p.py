@@ -70,10 +70,21 @@ class Links:
         self._sent_shapes: set[tuple[int, Hashable]] = set()
         self._leaving: deque[Pending[Tensor]] = deque()
         self._lost: list[Pending[Tensor]] = []
+        self._has_tags = mesh.device.type == "cpu"
         self._run = 0
 
     def begin(self) -> None:
-        """Start a run. As often on every rank, whether or not the one before has ended well."""
+        """Start a run. As often on every rank, whether or not the one before has ended well.
+
+        Raises:
+            MeshError: one before has not, and nothing tells its messages from new ones.
+        """
+        if self._lost and not self._has_tags:
+            raise MeshError(
+                "An earlier run of this pipeline failed with messages under way, which NCCL would "
+                "take for those of this one: it pairs messages by their order. Call "
+                "engine.detach() and prepare the model again, or resume from the last checkpoint."
+            )
         self._run = (self._run + 1) % RUNS
 
     def abandon(self, coming: Iterable[Pending[Tensor]]) -> None:

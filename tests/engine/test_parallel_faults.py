@@ -249,6 +249,24 @@ def test_a_step_after_an_exception_on_all_stages_is_a_good_step() -> None:
     run_ranks(_good_steps_after_faults, 2)
 
 
+def _without_tags() -> None:
+    """As over NCCL: what is left of a failed run could not be told from the next one's messages."""
+    model, bombs = _with_bombs()
+    engine = attach(model, PIPE, 1, pipe={"schedule": "gpipe", "microbatches": 4})
+    vars(model)["forward"]._runtime.links._has_tags = False
+    _fail_at_once(model, bombs, num_sent=3)
+    with pytest.raises(MeshError, match=r"failed with messages under way.*engine\.detach\(\)"):
+        model(**global_batch("llama", 0))
+    engine.detach()
+    engine = attach(model, PIPE, 1, pipe={"schedule": "gpipe", "microbatches": 4})
+    engine.backward(model(**global_batch("llama", 0)).loss)
+    engine.detach()
+
+
+def test_where_messages_have_no_tags_a_failed_run_is_the_last() -> None:
+    run_ranks(_without_tags, 2)
+
+
 def _good_steps_on_slices() -> None:
     for stage in (1, 3):
         model, bombs = _with_bombs()

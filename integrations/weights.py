@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_speed.checkpoint import StateReader, agreed
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME, ModelPlan
+from hf_speed.checkpoint.saver import Save
 from hf_speed.engine import Engine
 from hf_speed.engine.buffers import full_buffers, persistent_buffers
 from hf_speed.engine.rng import MESH, load_rng, share_rng
@@ -118,11 +119,26 @@ def _state_keys(engine: Engine) -> Iterator[tuple[str, str]]:
                 yield prefix + key, first.setdefault(id(tensor), prefix + key)
 
 
-def write_model(engine: Engine, directory: str, *, max_shard_bytes: int | None = None) -> None:
+def write_model(
+    engine: Engine,
+    directory: str,
+    *,
+    max_shard_bytes: int | None = None,
+    save: Save | None = None,
+) -> None:
     """Write the model for the Hub. Collective.
 
-    Every rank writes its own files; adapters come from rank 0, in PEFT's layout.
+    Every rank writes its own files; adapters come from rank 0, in PEFT's layout, and never behind
+    the training: they are small.
+
+    Args:
+        engine: of the model.
+        directory: made if absent.
+        max_shard_bytes: largest file; None: as the config says.
+        save: that this is a part of; None: all is written on return.
     """
+    if save is None:
+        save = engine.saves.at_once(f"Saving the model to {directory}")
     if is_peft(engine.model):
         state = adapter_state(engine)
         model: Any = engine.model
@@ -134,7 +150,7 @@ def write_model(engine: Engine, directory: str, *, max_shard_bytes: int | None =
         engine.model,
         directory,
         full_weights(engine),
-        world=engine.mesh.world,
+        save=save,
         buffers=full_buffers(engine),
         max_shard_bytes=max_shard_bytes or engine.config.max_shard_bytes,
         dtype=file_dtype(engine),
@@ -192,8 +208,10 @@ def load_model(engine: Engine, directory: str) -> None:
     """The inverse of `write_model`. Collective.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another model; or a
+            save that was in flight has failed.
     """
+    engine.saves.wait()
     if is_peft(engine.model):
         _load_adapters(engine, directory)
     else:

@@ -60,6 +60,8 @@ class ResolvedConfig:
     """Which tier holds what."""
     max_shard_bytes: int
     """Largest file of the model, in bytes."""
+    asynchronous: bool
+    """Write checkpoints behind the training."""
     journal: bool
     """Record and compare collectives."""
     timeout_s: float
@@ -209,6 +211,7 @@ def resolve(
         loss_scale=precision.loss_scale if computes is torch.float16 else None,
         offload=resolve_offload(config.offload, tiers=choice.tiers, reason=choice.tiers_reason),
         max_shard_bytes=config.checkpoint.max_shard_bytes,
+        asynchronous=config.checkpoint.asynchronous,
         journal=config.debug.journal,
         timeout_s=config.debug.timeout_s,
         stats=config.debug.stats,

@@ -1,5 +1,6 @@
 """The user's optimizer while an engine serves it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -20,12 +21,19 @@ from hf_speed.zero.step import repoint
 class OptimizerBinding:
     """Re-points an optimizer's param_groups at this rank's pieces, and back.
 
+    Args:
+        optimizer: the user's.
+        parts: of the engine.
+        before_step: called before anything else of every step.
+
     Raises:
         ConfigError: the optimizer needs whole tensors and parameters are divided.
         EngineError: it holds none of the model's parameters.
     """
 
-    def __init__(self, optimizer: Optimizer, parts: Parts) -> None:
+    def __init__(
+        self, optimizer: Optimizer, parts: Parts, *, before_step: Callable[[], None]
+    ) -> None:
         self.optimizer = optimizer
         self._parts = parts
         self._wholes = Wholes(parts.catalogue, parts.mesh)
@@ -44,11 +52,14 @@ class OptimizerBinding:
         pieces = _pieces_by_parameter(parts)
         repoint(optimizer, pieces, {each: parts.whole_shape(each) for each in pieces})
         self._updates = parts.tiers.updates_for(optimizer, parts.groups) if streams else None
+        # Before the stepper's: what raises here leaves the step undone.
+        self._check = optimizer.register_step_pre_hook(lambda *_: before_step())
         parts.stepper.watch(optimizer, self._updates)
 
     def release(self) -> None:
         """Give the optimizer its whole parameters and whole states back. Collective."""
         self._restore_states()
+        self._check.remove()
         self._parts.stepper.unwatch()
         if self._updates is not None:
             self._updates.close()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_speed.checkpoint.saver import Save
 from hf_speed.config import ResolvedConfig, SpeedConfig
 from hf_speed.engine.access import Access, fill_group
 from hf_speed.engine.assemble import Callbacks, Parts, assemble
@@ -29,6 +30,7 @@ from hf_speed.engine.parking import ParkedStates
 from hf_speed.engine.pipeline import PipelineForward
 from hf_speed.engine.report import peak_bytes
 from hf_speed.engine.rng import share_rng
+from hf_speed.engine.saves import Saves
 from hf_speed.engine.stages import install_pipeline
 from hf_speed.engine.state import load_engine, save_engine
 from hf_speed.engine.structure import (
@@ -141,6 +143,7 @@ class Engine:
         )
         self._pipeline = install_pipeline(self)
         self._access = Access(self._parts, self.model)
+        self.saves = Saves(self._parts)
         pieces = (piece for group in self._parts.groups for piece in group.pieces)
         wrap_zero_grad(self.model, pieces)
         self._link = attach_link(self.model, self)
@@ -211,7 +214,7 @@ class Engine:
                 return
             # A second train() brings a new optimizer; the old one gets its parameters back.
             self._binding.release()
-        self._binding = OptimizerBinding(optimizer, self._parts)
+        self._binding = OptimizerBinding(optimizer, self._parts, before_step=self.saves.check)
 
     def release_optimizer(self) -> None:
         """Give a bound optimizer its whole parameters back. Collective."""
@@ -368,16 +371,22 @@ class Engine:
             raise EngineError("No optimizer is bound. Call engine.bind_optimizer(optimizer) first.")
         return self.optimizer
 
-    def save(self, directory: str) -> None:
-        """Write masters, optimizer state, loss scale and RNG to directory/hf_speed. Collective."""
+    def save(self, directory: str, *, save: Save | None = None) -> None:
+        """Write masters, optimizer state, loss scale and RNG to directory/hf_speed. Collective.
+
+        Args:
+            directory: the checkpoint; with checkpoint.asynchronous, there after `saves.wait()`.
+            save: that this is a part of; None: it is one by itself.
+        """
         self._parts.stepper.settle()
-        save_engine(self, directory)
+        save_engine(self, directory, save or self.saves.begin(f"Saving {directory}"))
 
     def load(self, directory: str) -> None:
         """Read what `save` wrote, on any number of ranks and at any stage. Collective.
 
         The weights are not part of it: load them first, from the Hub files beside it.
         """
+        self.saves.wait()
         self._parts.stepper.settle()
         load_engine(self, directory)
 
@@ -445,6 +454,7 @@ class Engine:
 
     def detach(self) -> None:
         """Give model and optimizer back as plain PyTorch objects with whole values. Collective."""
+        self.saves.wait()
         self.release_optimizer()
         whole = self._whole_values() if self._parts.division.is_divided else {}
         if self._pipeline is not None:

@@ -7,12 +7,15 @@ interval of its slice. Names and shapes are those of the whole model (`catalogue
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
 from hf_speed.checkpoint.reader import StateReader
+from hf_speed.checkpoint.saver import Save
+from hf_speed.checkpoint.snapshot import copy_states
 from hf_speed.checkpoint.writer import LocalState, write_states
 from hf_speed.engine.assemble import Parts
 from hf_speed.engine.catalogue import Catalogue
@@ -27,21 +30,25 @@ MASTER = "master"
 PARAMETER_SHAPES = "parameters"
 
 
-def save_engine(engine: "Engine", directory: str) -> None:
-    """Write the state of one run. Collective.
+def save_engine(engine: "Engine", directory: str, save: Save) -> None:
+    """Write the state of one run, or queue it in a save that runs behind. Collective.
 
     Raises:
         CheckpointError: on every rank, if one cannot write.
     """
     parts = engine.parts
-    write_states(
-        directory,
-        local_states(parts, engine.optimizer),
-        _meta(engine),
-        world=parts.mesh.world,
-        scalars=_scalars(parts, engine.optimizer),
-        local=rng_state(parts.mesh.device),
-        max_shard_bytes=parts.config.max_shard_bytes,
+    states = local_states(parts, engine.optimizer)
+    save.submit(
+        partial(
+            write_states,
+            directory,
+            copy_states(states) if save.is_behind else states,
+            _meta(engine),
+            world=save.group,
+            scalars=_scalars(parts, engine.optimizer),
+            local=rng_state(parts.mesh.device),
+            max_shard_bytes=parts.config.max_shard_bytes,
+        )
     )
 
 

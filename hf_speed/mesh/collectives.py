@@ -289,6 +289,18 @@ def agree(error: BaseException | None, *, group: AxisGroup) -> str | None:
     return next((each for each in everyone if each is not None), None)
 
 
+def highest(value: int, *, group: AxisGroup) -> int:
+    """The largest `value` of any rank. One object all-gather; blocks."""
+    if group.is_identity:
+        return value
+    everyone = [value] * group.size
+    guard(
+        f"the highest number over {group.label}",
+        lambda: dist.all_gather_object(everyone, value, group=group.group),
+    )
+    return max(everyone)
+
+
 def _parts(buffer: Tensor, group: AxisGroup) -> list[Tensor]:
     """The slices of a flat buffer, one for each rank, as views."""
     part, rest = divmod(buffer.numel(), group.size)

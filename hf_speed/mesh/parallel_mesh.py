@@ -30,6 +30,8 @@ class Lane(StrEnum):
     REDUCE = "reduce"
     FORWARD = "forward"
     BACKWARD = "backward"
+    SAVE = "save"
+    """Used by the thread that saves behind the training; always gloo, for it moves no tensors."""
 
 
 Within = tuple[tuple[Axis, tuple[int, ...]], ...]
@@ -118,7 +120,12 @@ class ParallelMesh:
             ranks = [rank for rank in everyone if self._is_within(rank, within)]
             if len(ranks) < 2:
                 continue
-            group = dist.new_group(ranks, timeout=self.timeout, group_desc=f"{lane}:{axes}")
+            group = dist.new_group(
+                ranks,
+                timeout=self.timeout,
+                backend="gloo" if lane is Lane.SAVE else None,
+                group_desc=f"{lane}:{axes}",
+            )
             if isinstance(group, dist.ProcessGroup) and self.rank in ranks:
                 label = " x ".join(axes)
                 places = "".join(f" {axis}{list(each)}" for axis, each in within.items())

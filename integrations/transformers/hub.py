@@ -11,6 +11,7 @@ plan by which the ranks write the files in parallel, each converting only what i
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,11 @@ from hf_speed.checkpoint import (
     TensorSpec,
     write_model,
 )
+from hf_speed.checkpoint.saver import Save
+from hf_speed.checkpoint.snapshot import copy_parameters
 from hf_speed.engine.buffers import persistent_buffers
 from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
-from hf_speed.mesh import AxisGroup
 
 GIB = 1 << 30
 
@@ -88,41 +90,37 @@ def save_hub_model(
     directory: str | Path,
     parameters: Iterable[tuple[str, Tensor]],
     *,
-    world: AxisGroup,
+    save: Save,
     buffers: Iterable[tuple[str, Tensor]] | None = None,
     max_shard_bytes: int = 5 * GIB,
     dtype: torch.dtype | None = None,
     tensors: StoredTensors | None = None,
-) -> tuple[str, ...]:
+) -> None:
     """Save `model` as a Hub model from all ranks at once: weights, index and configs.
 
-    Collective: every rank of `world` calls it. Each tensor is taken from the rank that writes its
-    file.
+    Collective: every rank calls it. A save that runs behind gets copies of what this rank writes,
+    and of the configs.
 
     Args:
         model: a PreTrainedModel, or any module (then weights alone are written).
         directory: made if absent; on storage that all ranks share.
         parameters: (name, full tensor) of every parameter, as `Engine.full_parameters()` yields
             them; each valid until the next.
-        world: the ranks that write.
+        save: that this is a part of.
         buffers: likewise of every persistent buffer; None: those of `model`.
         max_shard_bytes: largest file, except that a tensor is never cut.
         dtype: of floating-point weights in the files; None: as in the model.
         tensors: of the whole model, where a rank has only some; None: those of `model`.
 
-    Returns:
-        Names of the files written.
-
     Raises:
         CheckpointError: on every rank; see `write_model` and `plan_hub_model`.
     """
     plan = plan_hub_model(model, max_shard_bytes=max_shard_bytes, dtype=dtype, tensors=tensors)
-
-    def extras(staging: Path) -> None:
-        write_configs(model, staging, plan)
-
     values = chain(parameters, persistent_buffers(model) if buffers is None else buffers)
-    return write_model(directory, plan, values, world=world, extras=extras)
+    if save.is_behind:
+        values = copy_parameters(values, plan, world=save.group)
+    extras = HubConfigs(model, plan).write
+    save.submit(partial(write_model, directory, plan, values, world=save.group, extras=extras))
 
 
 def plan_hub_model(
@@ -167,24 +165,35 @@ def plan_hub_model(
     return ModelPlan(files, groups + unsaved, convert, aliases, num_parameters)
 
 
-def write_configs(model: nn.Module, directory: Path, plan: ModelPlan) -> None:
-    """Write config.json and, for generative models, generation_config.json; call it on one rank.
+class HubConfigs:
+    """The configs of a model as they are now: config.json, and generation_config.json if it has.
 
-    The config says the dtype of the files. The model's own config is left as it is.
+    The config says the dtype of the files. The model's own is left as it is.
     """
-    if not isinstance(model, PreTrainedModel):
-        return
-    config: Any = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = _main_dtype(plan)
-    # A leftover of sharded loading would make from_pretrained look for a process group.
-    if getattr(config, "distributed_config", None) is not None:
-        config.distributed_config = None
-    if model.is_remote_code():
-        custom_object_save(model, directory, config=config)
-    config.save_pretrained(directory)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
+
+    def __init__(self, model: nn.Module, plan: ModelPlan) -> None:
+        self._configs: list[Any] = []
+        self._remote: PreTrainedModel | None = None
+        if not isinstance(model, PreTrainedModel):
+            return
+        config: Any = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.dtype = _main_dtype(plan)
+        # A leftover of sharded loading would make from_pretrained look for a process group.
+        if getattr(config, "distributed_config", None) is not None:
+            config.distributed_config = None
+        self._configs.append(config)
+        if model.is_remote_code():
+            self._remote = model
+        if model.can_generate() and model.generation_config is not None:
+            self._configs.append(copy.deepcopy(model.generation_config))
+
+    def write(self, directory: Path) -> None:
+        """Write them into `directory`; call it on one rank."""
+        if self._remote is not None:
+            custom_object_save(self._remote, directory, config=self._configs[0])
+        for config in self._configs:
+            config.save_pretrained(directory)
 
 
 def _sources(

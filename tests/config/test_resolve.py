@@ -121,12 +121,12 @@ def test_the_rest_passes_through() -> None:
     resolved = _resolved(
         {
             "zero": {"units": ["Block"]},
-            "checkpoint": {"max_shard_bytes": 4096},
+            "checkpoint": {"max_shard_bytes": 4096, "asynchronous": True},
             "debug": {"journal": True, "timeout_s": 5, "stats": False},
         }
     )
     assert resolved.units == ("Block",)
-    assert resolved.max_shard_bytes == 4096
+    assert (resolved.max_shard_bytes, resolved.asynchronous) == (4096, True)
     assert (resolved.journal, resolved.timeout_s, resolved.stats) == (True, 5, False)
 
 

@@ -99,6 +99,7 @@ from hf_speed.errors import ConfigError
         ({"offload": {"cpu_share": 1.5}}, r"offload\.cpu_share=1\.5 is out of range.*0 to 1"),
         ({"offload": {"activation_min_bytes": 1}}, r"activation_min_bytes=1 is out of range"),
         ({"checkpoint": {"max_shard_bytes": 1}}, r"max_shard_bytes=1 is out of range.*1024 to"),
+        ({"checkpoint": {"asynchronous": 1}}, r"checkpoint\.asynchronous=1 is of type int"),
         ({"debug": {"journal": "yes"}}, r"debug\.journal='yes' is of type str.*true or false"),
         (
             {"debug": {"timeout_s": 0}},

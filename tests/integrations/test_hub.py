@@ -12,11 +12,14 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from hf_speed.checkpoint.saver import Saver
 from hf_speed.errors import CheckpointError
 from hf_speed.integrations.transformers.hub import plan_hub_model, save_hub_model
 from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.axes import IDENTITY
 from tests.support import run_ranks
+
+AT_ONCE = Saver(IDENTITY, is_behind=False).begin("Saving a model")
 
 MANY_BYTES = 2500
 """A file size at which every model here needs several, and an embedding has one of its own."""
@@ -125,18 +128,14 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert value.dtype == right[name].dtype, name
 
 
-def _save_rank(directory: str) -> dict[str, list[str]]:
+def _save_rank(directory: str) -> None:
     world = AxisGroup(dist.get_world_size(), dist.get_rank(), dist.group.WORLD, "world")
-    written = {}
+    save = Saver(world, is_behind=False).begin("Saving models")
     for name in MODELS:
         for label, limit in (("one", 1 << 30), ("many", MANY_BYTES)):
             model = build(name)
             target = Path(directory) / f"{name}-{label}"
-            files = save_hub_model(
-                model, target, passing_by(model), world=world, max_shard_bytes=limit
-            )
-            written[f"{name}-{label}"] = list(files)
-    return written
+            save_hub_model(model, target, passing_by(model), save=save, max_shard_bytes=limit)
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +209,13 @@ def test_tied_weights_are_planned_once_under_the_name_that_loads() -> None:
 def test_weights_that_only_the_config_calls_tied_are_both_saved(tmp_path: Path) -> None:
     model = build("gpt2")
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
-    save_hub_model(model, tmp_path, passing_by(model), world=IDENTITY)
+    save_hub_model(model, tmp_path, passing_by(model), save=AT_ONCE)
     assert {"lm_head.weight", "transformer.wte.weight"} < tensors_in(tmp_path).keys()
 
 
 def test_dtype_casts_the_files_and_the_config_but_not_the_model(tmp_path: Path) -> None:
     model = build("resnet")
-    save_hub_model(model, tmp_path, passing_by(model), world=IDENTITY, dtype=torch.bfloat16)
+    save_hub_model(model, tmp_path, passing_by(model), save=AT_ONCE, dtype=torch.bfloat16)
     state = model.state_dict()
     wanted = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
     assert_same(tensors_in(tmp_path), wanted)
@@ -227,7 +226,7 @@ def test_dtype_casts_the_files_and_the_config_but_not_the_model(tmp_path: Path) 
 def test_loaded_and_resized_model_saves_again(saved: Path, tmp_path: Path) -> None:
     model = transformers.MixtralForCausalLM.from_pretrained(saved / "mixtral-many")
     model.resize_token_embeddings(70)
-    save_hub_model(model, tmp_path, passing_by(model), world=IDENTITY)
+    save_hub_model(model, tmp_path, passing_by(model), save=AT_ONCE)
     loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.vocab_size == 70
     assert_same(dict(loaded.state_dict()), dict(model.state_dict()))
@@ -235,8 +234,8 @@ def test_loaded_and_resized_model_saves_again(saved: Path, tmp_path: Path) -> No
 
 def test_second_save_with_fewer_files_leaves_none_of_the_first(tmp_path: Path) -> None:
     model = build("llama")
-    save_hub_model(model, tmp_path, passing_by(model), world=IDENTITY, max_shard_bytes=MANY_BYTES)
-    save_hub_model(model, tmp_path, passing_by(model), world=IDENTITY)
+    save_hub_model(model, tmp_path, passing_by(model), save=AT_ONCE, max_shard_bytes=MANY_BYTES)
+    save_hub_model(model, tmp_path, passing_by(model), save=AT_ONCE)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json",
         "generation_config.json",
@@ -246,7 +245,7 @@ def test_second_save_with_fewer_files_leaves_none_of_the_first(tmp_path: Path) -
 
 def test_plain_module_is_saved_without_configs(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    save_hub_model(model, tmp_path, passing_by(model), world=IDENTITY)
+    save_hub_model(model, tmp_path, passing_by(model), save=AT_ONCE)
     assert_same(tensors_in(tmp_path), dict(model.state_dict()))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
@@ -261,7 +260,7 @@ def test_lossy_reverse_falls_back_to_names_in_memory(
 
     monkeypatch.setattr(hub, "revert_weight_conversion", lossy)
     model = build("mixtral")
-    save_hub_model(model, tmp_path, passing_by(model), world=IDENTITY)
+    save_hub_model(model, tmp_path, passing_by(model), save=AT_ONCE)
     assert "gate_up_proj would lose elements" in caplog.text
     assert_same(tensors_in(tmp_path), dict(model.state_dict()))
 

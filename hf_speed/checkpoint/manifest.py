@@ -1,23 +1,33 @@
 """What a checkpoint's `hf_speed/manifest.json` says: pure values to and from JSON, checked.
 
-A manifest lists every file with its size, and for each state tensor the boxes of which it consists
-and where they lie. Nothing in it is trusted: types, paths, boxes and sizes are checked before any
-file is opened.
+A manifest lists every file with its size and checksum, and for each state tensor the boxes of which
+it consists, where they lie, and their checksums. It ends with its own. Nothing in it is trusted:
+types, paths, boxes and sizes are checked before any file is opened.
 """
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
-from hf_speed.checkpoint.tensorfile import DTYPE_CODES, DTYPE_OF_CODE
+from hf_speed.checkpoint.digest import ALGORITHM, FileRecord, digest_of, is_digest
+from hf_speed.checkpoint.header import DTYPE_CODES, DTYPE_OF_CODE
+from hf_speed.checkpoint.strict_json import (
+    dump_json,
+    expect,
+    expect_count,
+    expect_sizes,
+    expect_text,
+    load_json,
+)
 from hf_speed.errors import CheckpointError
 from hf_speed.shard.reshard import Box, cover_error
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Version 1, which is still read, had no checksums."""
 
 STATE_DIRECTORY = "hf_speed"
 """Within a checkpoint directory: what a Hub model has no place for."""
@@ -26,16 +36,23 @@ MANIFEST_PATH = f"{STATE_DIRECTORY}/manifest.json"
 
 Scalar = float | int | bool | str
 
-T = TypeVar("T")
+_ENDING = re.compile(r', "digest": "([0-9a-f]{32})"}\n?')
+"""How a manifest ends: with the checksum of all that stands before."""
+
+_RANK = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 class Piece(NamedTuple):
-    """A box of a tensor and the safetensors key that holds it; `file` is relative to the root."""
+    """A box of a tensor and the safetensors key that holds it; `file` is relative to the root.
+
+    `digest` is the checksum of its bytes; None while they are not written, and in version 1.
+    """
 
     file: str
     key: str
     offsets: tuple[int, ...]
     extents: tuple[int, ...]
+    digest: str | None = None
 
     @property
     def box(self) -> Box:
@@ -65,7 +82,8 @@ class Manifest(NamedTuple):
         world_size: number of ranks that wrote it.
         meta: what the engine said of the run: mesh, stage, param groups, loss scale.
         scalars: parameter name -> kind -> value, such as an optimizer's "step".
-        files: path relative to the checkpoint -> bytes.
+        files: path relative to the checkpoint -> size and checksum; of weights those of each
+            tensor too.
         entries: the state tensors.
         local: rank -> path of the safetensors file with that rank's own tensors, such as its RNG.
         package_version: of the hf_speed that wrote it.
@@ -74,10 +92,15 @@ class Manifest(NamedTuple):
     world_size: int
     meta: Mapping[str, Any]
     scalars: Mapping[str, Mapping[str, Scalar]]
-    files: Mapping[str, int]
+    files: Mapping[str, FileRecord]
     entries: tuple[Entry, ...]
     local: Mapping[int, str]
     package_version: str = ""
+
+    @property
+    def has_checksums(self) -> bool:
+        """False of what a version of hf_speed without checksums has written."""
+        return all(record.digest is not None for record in self.files.values())
 
     def to_json(self) -> str:
         """The manifest as strict JSON.
@@ -91,11 +114,13 @@ class Manifest(NamedTuple):
             "world_size": self.world_size,
             "meta": self.meta,
             "scalars": self.scalars,
-            "files": self.files,
+            "checksums": ALGORITHM,
+            "files": {path: record_to_json(record) for path, record in self.files.items()},
             "local": self.local,
             "entries": [entry_to_json(entry) for entry in self.entries],
         }
-        return dump_json(body, "The checkpoint's meta data")
+        text = dump_json(body, "The checkpoint's meta data").removesuffix("}")
+        return f'{text}, "digest": "{digest_of(text.encode())}"}}\n'
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> "Manifest":
@@ -104,28 +129,30 @@ class Manifest(NamedTuple):
         Raises:
             CheckpointError: not a manifest, of another format version, or inconsistent.
         """
-        body = _expect(load_json(text, where), dict, where, "the manifest")
+        body = expect(load_json(text, where), dict, where, "the manifest")
         version = body.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in (1, FORMAT_VERSION):
             raise CheckpointError(
-                f"{where} has format_version {version!r}; this hf_speed reads {FORMAT_VERSION}. "
-                f"It was written by hf_speed {body.get('package_version', '?')}: use that."
+                f"{where} has format_version {version!r}; this hf_speed reads 1 and "
+                f"{FORMAT_VERSION}. It was written by hf_speed "
+                f"{body.get('package_version', '?')}: use that."
             )
-        entries = _expect(body.get("entries"), list, where, "entries")
+        _check_own_digest(text, body, where)
+        entries = expect(body.get("entries"), list, where, "entries")
         manifest = cls(
-            world_size=_count(body.get("world_size"), where, "world_size"),
-            meta=_expect(body.get("meta"), dict, where, "meta"),
+            world_size=expect_count(body.get("world_size"), where, "world_size"),
+            meta=expect(body.get("meta"), dict, where, "meta"),
             scalars=_scalars(body.get("scalars"), where),
             files={
-                safe_path(path, where): _count(size, where, f"the size of {path}")
-                for path, size in _expect(body.get("files"), dict, where, "files").items()
+                safe_path(path, where): record_from_json(record, version, f"{where}: {path!r}")
+                for path, record in expect(body.get("files"), dict, where, "files").items()
             },
             entries=tuple(
-                entry_from_json(entry, where=f"{where}: entries[{index}]")
+                entry_from_json(entry, where=f"{where}: entries[{index}]", version=version)
                 for index, entry in enumerate(entries)
             ),
             local=_local(body.get("local"), where),
-            package_version=_expect(body.get("package_version"), str, where, "package_version"),
+            package_version=expect_text(body.get("package_version"), where, "package_version"),
         )
         manifest.check(where)
         return manifest
@@ -134,9 +161,10 @@ class Manifest(NamedTuple):
         """Check what a single field cannot show.
 
         Raises:
-            CheckpointError: an entry twice, pieces that leave gaps or overlap, a file that is not
-                listed or is too small for what it is said to hold.
+            CheckpointError: an entry or a key twice, pieces that leave gaps or overlap, a file that
+                is not listed or is too small for what it is said to hold.
         """
+        keys: set[tuple[str, str]] = set()
         seen: set[tuple[str, str]] = set()
         needed: dict[str, int] = {}
         for entry in self.entries:
@@ -149,13 +177,19 @@ class Manifest(NamedTuple):
                     f"{where}: the pieces of the {entry.label} are bad: {problem}."
                 )
             for piece in entry.pieces:
+                if (piece.file, piece.key) in keys:
+                    raise CheckpointError(
+                        f"{where}: two pieces are said to be {piece.key!r} in {piece.file}."
+                    )
+                keys.add((piece.file, piece.key))
                 nbytes = prod(piece.extents) * entry.dtype.itemsize
                 needed[piece.file] = needed.get(piece.file, 0) + nbytes
         for file in (*needed, *self.local.values()):
-            if self.files.get(file, -1) < needed.get(file, 0):
+            listed = self.files[file].nbytes if file in self.files else -1
+            if listed < needed.get(file, 0):
                 raise CheckpointError(
                     f"{where} puts {needed.get(file, 0)} bytes in {file}, whose listed size is "
-                    f"{self.files.get(file, 'absent')}."
+                    f"{listed if file in self.files else 'absent'}."
                 )
 
 
@@ -188,36 +222,65 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
     }
 
 
-def entry_from_json(value: object, *, where: str) -> Entry:
-    """An entry from JSON values.
+def entry_from_json(value: object, *, where: str, version: int = FORMAT_VERSION) -> Entry:
+    """An entry from JSON values; without checksums in version 1.
 
     Raises:
         CheckpointError: a field of the wrong type, or a path that leaves the checkpoint.
     """
-    body = _expect(value, dict, where, "the entry")
+    body = expect(value, dict, where, "the entry")
     code = body.get("dtype")
     if not isinstance(code, str) or code not in DTYPE_OF_CODE:
         raise CheckpointError(f"{where}: dtype {code!r} is unknown.")
     pieces = []
-    for item in _expect(body.get("pieces"), list, where, "pieces"):
-        fields = _expect(item, list, where, "a piece")
+    for item in expect(body.get("pieces"), list, where, "pieces"):
+        fields = expect(item, list, where, "a piece")
+        if version == 1:
+            fields = [*fields, None]
         if len(fields) != len(Piece._fields):
             raise CheckpointError(f"{where}: a piece has {len(fields)} fields.")
-        file, key, offsets, extents = fields
+        file, key, offsets, extents, digest = fields
         pieces.append(
             Piece(
                 safe_path(file, where),
-                _expect(key, str, where, "a piece's key"),
-                _sizes(offsets, where, "offsets"),
-                _sizes(extents, where, "extents"),
+                expect_text(key, where, "a piece's key"),
+                expect_sizes(offsets, where, "offsets"),
+                expect_sizes(extents, where, "extents"),
+                None if version == 1 else _digest(digest, where, "a piece's checksum"),
             )
         )
     return Entry(
-        name=_expect(body.get("name"), str, where, "name"),
-        kind=_expect(body.get("kind"), str, where, "kind"),
-        shape=_sizes(body.get("shape"), where, "shape"),
+        name=expect_text(body.get("name"), where, "name"),
+        kind=expect_text(body.get("kind"), where, "kind"),
+        shape=expect_sizes(body.get("shape"), where, "shape"),
         dtype=DTYPE_OF_CODE[code],
         pieces=tuple(pieces),
+    )
+
+
+def record_to_json(record: FileRecord) -> dict[str, Any]:
+    """What is known of a file as JSON values."""
+    tensors = {"tensors": dict(record.tensors)} if record.tensors else {}
+    return {"bytes": record.nbytes, "digest": record.digest, **tensors}
+
+
+def record_from_json(value: object, version: int, where: str) -> FileRecord:
+    """What is known of a file; in version 1 its size alone.
+
+    Raises:
+        CheckpointError: a field of the wrong type.
+    """
+    if version == 1:
+        return FileRecord(expect_count(value, where, "the size"))
+    body = expect(value, dict, where, "the record")
+    tensors = expect(body.get("tensors", {}), dict, where, "tensors")
+    return FileRecord(
+        expect_count(body.get("bytes"), where, "the size"),
+        _digest(body.get("digest"), where, "the checksum"),
+        {
+            expect_text(name, where, "a tensor's name"): _digest(digest, where, f"that of {name!r}")
+            for name, digest in tensors.items()
+        },
     )
 
 
@@ -229,66 +292,41 @@ def safe_path(path: object, where: str) -> str:
     """
     if not isinstance(path, str) or not path or "\\" in path or "\0" in path or ":" in path:
         raise CheckpointError(f"{where}: {path!r} is not a file name.")
+    expect_text(path, where, "a path")
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or str(pure) != path:
         raise CheckpointError(f"{where}: the path {path!r} leaves the checkpoint's directory.")
     return path
 
 
-def dump_json(value: object, what: str, *, indent: int | None = None) -> str:
-    """Strict JSON: no NaN, no infinity, no object that would come back as something else.
-
-    Raises:
-        CheckpointError: names the value and why.
-    """
-    try:
-        return json.dumps(value, allow_nan=False, indent=indent)
-    except (TypeError, ValueError) as error:
+def _check_own_digest(text: str, body: Mapping[str, Any], where: str) -> None:
+    if body["format_version"] == 1 and "digest" not in body:
+        return
+    if body.get("checksums") != ALGORITHM:
         raise CheckpointError(
-            f"{what} cannot be stored as JSON: {error}. Give plain numbers, strings, lists and "
-            f"dicts; tensors belong in the states."
-        ) from error
-
-
-def load_json(text: str, where: str) -> Any:
-    """Parse strict JSON.
-
-    Raises:
-        CheckpointError: not JSON, or it holds NaN or infinities.
-    """
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is damaged: {error}.") from error
-
-
-def _expect(value: object, kind: type[T], where: str, what: str) -> T:
-    if not isinstance(value, kind):
-        raise CheckpointError(
-            f"{where}: {what} is {type(value).__name__} where {kind.__name__} is expected."
+            f"{where} has checksums of the kind {body.get('checksums')!r}; known is {ALGORITHM!r}."
         )
+    ending = _ENDING.search(text, max(len(text) - 64, 0))
+    if ending is None or ending.end() != len(text):
+        raise CheckpointError(f"{where} is damaged: it does not end with its checksum.")
+    found = digest_of(text[: ending.start()].encode(errors="surrogatepass"))
+    if found != ending[1]:
+        raise CheckpointError(
+            f"{where} was changed after it was written, or is damaged: its checksum is {found}, it "
+            f"says {ending[1]}. Copy it again, or use another checkpoint."
+        )
+
+
+def _digest(value: object, where: str, what: str) -> str:
+    if not isinstance(value, str) or not is_digest(value):
+        raise CheckpointError(f"{where}: {what} is {value!r}, not 32 hexadecimal digits.")
     return value
 
 
-def _count(value: object, where: str, what: str) -> int:
-    number = _expect(value, int, where, what)
-    if isinstance(value, bool) or number < 0:
-        raise CheckpointError(f"{where}: {what} is {value!r} where a count is expected.")
-    return number
-
-
-def _sizes(value: object, where: str, what: str) -> tuple[int, ...]:
-    return tuple(_count(size, where, what) for size in _expect(value, list, where, what))
-
-
 def _scalars(value: object, where: str) -> dict[str, dict[str, Scalar]]:
-    scalars = _expect(value, dict, where, "scalars")
+    scalars = expect(value, dict, where, "scalars")
     for name, kinds in scalars.items():
-        for kind, scalar in _expect(kinds, dict, where, f"scalars of {name}").items():
+        for kind, scalar in expect(kinds, dict, where, f"scalars of {name!r}").items():
             if not isinstance(scalar, Scalar):
                 raise CheckpointError(f"{where}: {kind} of {name} is not a number or a string.")
     return scalars
@@ -296,8 +334,8 @@ def _scalars(value: object, where: str) -> dict[str, dict[str, Scalar]]:
 
 def _local(value: object, where: str) -> dict[int, str]:
     local = {}
-    for rank, path in _expect(value, dict, where, "local").items():
-        if not rank.isdecimal():
+    for rank, path in expect(value, dict, where, "local").items():
+        if not _RANK.fullmatch(rank):
             raise CheckpointError(f"{where}: local has the rank {rank!r}.")
         local[int(rank)] = safe_path(path, where)
     return local

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_speed.checkpoint.background import BackgroundWriter
+from hf_speed.checkpoint.digest import FileRecord
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME, ModelPlan, TensorGroup
 from hf_speed.checkpoint.staging import agreed, check_visible, publish, staged
@@ -28,6 +29,7 @@ from hf_speed.checkpoint.tensorfile import (
     sync_file,
     write_text,
 )
+from hf_speed.checkpoint.written import WrittenFiles
 from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
 from hf_speed.mesh import AxisGroup
@@ -46,6 +48,7 @@ def write_model(
     *,
     world: AxisGroup,
     extras: Callable[[Path], None] | None = None,
+    written: WrittenFiles | None = None,
 ) -> tuple[str, ...]:
     """Write a Hub model: its safetensors files, the index, and what `extras` adds.
 
@@ -64,6 +67,7 @@ def write_model(
         world: the ranks that write.
         extras: called on rank 0 with a directory; the files that it writes there (config.json)
             appear with the model.
+        written: is told the checksums of this rank's files, for `write_states`.
 
     Returns:
         Names of all files now in `directory` because of this call; on rank 0, extras included.
@@ -77,7 +81,9 @@ def write_model(
     names = [file.name for file in plan.files]
     with staged(staging, world, what):
         with agreed(world, what):
-            _write_own_files(staging, plan, parameters, world)
+            records = _write_own_files(staging, plan, parameters, world)
+            if written is not None:
+                written.note(staging, directory, records)
             if world.rank == 0:
                 if plan.is_sharded:
                     write_text(staging / INDEX_NAME, plan.index_json() + "\n")
@@ -110,6 +116,7 @@ class _OwnFiles:
         self._held: dict[str, dict[str, Tensor]] = {}
         self._open: dict[int, TensorFile] = {}
         self._expected = set(self._groups)
+        self.records: dict[str, FileRecord] = {}
 
     @property
     def limit_bytes(self) -> int:
@@ -172,11 +179,13 @@ class _OwnFiles:
         if file.is_full:
             del self._open[index]
             file.close()
+            self.records[file.path.name] = file.record
 
 
 def _write_own_files(
     staging: Path, plan: ModelPlan, parameters: Iterable[tuple[str, Tensor]], world: AxisGroup
-) -> None:
+) -> dict[str, FileRecord]:
+    """Write the files that are this rank's; what is in them."""
     files = _OwnFiles(staging, plan, world)
     failure: Exception | None = None
     try:
@@ -193,6 +202,7 @@ def _write_own_files(
             files.finish()
     finally:
         files.abandon()
+    return files.records
 
 
 def _host_copy(value: Tensor, spec: TensorSpec) -> Tensor:

@@ -1,9 +1,11 @@
 """Reading the `hf_speed/` half of a checkpoint from any mesh.
 
 A reader asks for an interval of a flattened tensor, or of its own slice of one; it comes from
-whichever pieces hold it, through memory maps, so nothing but what is asked for is copied.
+whichever pieces hold it, through memory maps, so nothing but what is asked for is copied. A piece
+is read through once, when it is first touched, to see that it has the checksum of the manifest.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -12,44 +14,95 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_speed.checkpoint.digest import digest_file
+from hf_speed.checkpoint.header import DTYPE_CODES
 from hf_speed.checkpoint.manifest import MANIFEST_PATH, Entry, Manifest, Piece, Scalar
-from hf_speed.checkpoint.tensorfile import DTYPE_CODES
+from hf_speed.checkpoint.mapped import MappedFile
+from hf_speed.checkpoint.paths import Home
 from hf_speed.errors import CheckpointError
+from hf_speed.logs import get_logger
 from hf_speed.shard.reshard import Box, intersect
 from hf_speed.shard.slicing import Slicing, interval_runs
 
 _MAX_OPEN_FILES = 64
 
+_MAX_MANIFEST_BYTES = 2 << 30
+"""Some ten times what a model of 10^12 parameters on 1000 ranks needs."""
+
+_log = get_logger(__name__)
+
 
 def read_manifest(directory: str | Path) -> Manifest:
     """The manifest of a whole checkpoint.
 
+    Sizes of all files are checked, and the contents of those that are not tensors (config.json, the
+    index), which are small. Tensors are checked where they are read.
+
     Raises:
         CheckpointError: there is none (an unfinished save, or no checkpoint), it is damaged, or a
-            file that it lists is missing or has another size.
+            file that it lists is missing or has another size or content.
     """
     directory = Path(directory)
-    path = directory / MANIFEST_PATH
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(_why_no_manifest(directory)) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    manifest = Manifest.from_json(text, where=str(path))
-    for name, size in manifest.files.items():
-        file = directory / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+    manifest = parse_manifest(directory)
+    home = Home(directory)
+    for name in manifest.files:
+        problem = file_problem(home, manifest, name)
+        if problem is not None:
             raise CheckpointError(
-                f"{file} {state}; it holds {_contents(manifest, name)}. The checkpoint is not "
-                f"whole: copy the file again, or use another checkpoint."
+                f"{problem} The checkpoint is not whole: copy the file again, or use another "
+                f"checkpoint."
             )
     return manifest
+
+
+def parse_manifest(directory: Path) -> Manifest:
+    """The manifest alone, whatever has become of the files that it lists.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = directory / MANIFEST_PATH
+    try:
+        size = Home(directory).size_of(MANIFEST_PATH)
+        if size is None:
+            raise CheckpointError(_why_no_manifest(directory))
+        if size > _MAX_MANIFEST_BYTES:
+            raise CheckpointError(
+                f"{path} has {size} bytes, more than any manifest ({_MAX_MANIFEST_BYTES})."
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or cannot be read: {error}.") from error
+    manifest = Manifest.from_json(text, where=str(path))
+    if not manifest.has_checksums:
+        _log.log_once(
+            logging.INFO,
+            "%s was written by hf_speed %s, before checkpoints had checksums: sizes are checked, "
+            "contents are not. The next save has them.",
+            path,
+            manifest.package_version,
+        )
+    return manifest
+
+
+def file_problem(home: Home, manifest: Manifest, name: str) -> str | None:
+    """Why a listed file is not what was saved, as far as that shows without reading tensors.
+
+    None where all is well.
+    """
+    record, file = manifest.files[name], home.directory / name
+    found = home.size_of(name)
+    if found != record.nbytes:
+        state = "is missing" if found is None else f"has {found} bytes instead of {record.nbytes}"
+    elif record.digest is None or file.suffix == ".safetensors":
+        return None
+    elif (digest := digest_file(file).digest) != record.digest:
+        state = f"was changed: its checksum is {digest}, that of the save was {record.digest}"
+    else:
+        return None
+    return f"{file} {state}; it holds {contents(manifest, name)}."
 
 
 class StateReader:
@@ -64,7 +117,7 @@ class StateReader:
         self.directory = Path(directory)
         self.manifest = read_manifest(directory)
         self._entries = {(entry.name, entry.kind): entry for entry in self.manifest.entries}
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, MappedFile] = OrderedDict()
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -163,8 +216,18 @@ class StateReader:
         file = self.manifest.local.get(rank)
         if file is None:
             return {}
-        handle = self._handle(file, f"what rank {rank} stored for itself")
-        return {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+        holds = f"what rank {rank} stored for itself"
+        expected = self.manifest.files[file].digest
+        if expected is not None:
+            found = digest_file(self.directory / file).digest
+            if found != expected:
+                raise CheckpointError(
+                    f"{self.directory / file} is damaged; it holds {holds}: its checksum is "
+                    f"{found}, that of the save was {expected}. Copy the file again, or use "
+                    f"another checkpoint."
+                )
+        mapped = self._file(file, holds)
+        return {key: mapped.tensor(key, holds, None).clone() for key in mapped.header.spans}
 
     def close(self) -> None:
         """Unmap the files."""
@@ -192,31 +255,24 @@ class StateReader:
                 view[common.slices(wanted.offsets)].copy_(value)
 
     def _slice(self, piece: Piece, box: Box, entry: Entry) -> Tensor:
-        handle = self._handle(piece.file, f"the {entry.label}")
-        path = self.directory / piece.file
-        try:
-            stored = handle.get_slice(piece.key)
-            shape, code = tuple(stored.get_shape()), stored.get_dtype()
-            if shape != piece.extents or code != DTYPE_CODES[entry.dtype]:
-                raise CheckpointError(
-                    f"{path} holds the {entry.label} as {shape} {code}; the manifest says "
-                    f"{piece.extents} {DTYPE_CODES[entry.dtype]}."
-                )
-            # safetensors cannot slice a 0-d tensor.
-            return stored[box.slices(piece.offsets)] if shape else handle.get_tensor(piece.key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} lacks the {entry.label}: {error}.") from error
+        holds = f"the {entry.label}"
+        file = self._file(piece.file, holds)
+        span = file.span(piece.key, holds)
+        expected = piece.extents, DTYPE_CODES[entry.dtype]
+        if (span.shape, span.code) != expected:
+            raise CheckpointError(
+                f"{file.path} holds {holds} as {span.shape} {span.code}; the manifest says "
+                f"{expected[0]} {expected[1]}."
+            )
+        return file.tensor(piece.key, holds, piece.digest)[box.slices(piece.offsets)]
 
-    def _handle(self, file: str, holds: str) -> Any:
-        """An open file; the least recently used is closed when there are many."""
+    def _file(self, file: str, holds: str) -> MappedFile:
+        """A mapped file; the least recently used is unmapped when there are many."""
         if file not in self._open:
-            path = self.directory / file
             try:
-                self._open[file] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} cannot be opened: {error}; it holds {holds}."
-                ) from error
+                self._open[file] = MappedFile(self.directory / file)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} It holds {holds}.") from error
             if len(self._open) > _MAX_OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(file)
@@ -237,7 +293,7 @@ def _why_no_manifest(directory: Path) -> str:
     )
 
 
-def _contents(manifest: Manifest, file: str) -> str:
+def contents(manifest: Manifest, file: str) -> str:
     """What a file holds, for messages."""
     labels = [
         entry.label
@@ -248,4 +304,6 @@ def _contents(manifest: Manifest, file: str) -> str:
         more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         return f"the {labels[0]}{more}"
     ranks = [rank for rank, path in manifest.local.items() if path == file]
-    return f"what rank {ranks[0]} stored for itself" if ranks else "weights of the model"
+    if ranks:
+        return f"what rank {ranks[0]} stored for itself"
+    return "weights of the model" if file.endswith(".safetensors") else "what describes the model"

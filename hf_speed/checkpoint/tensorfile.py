@@ -1,7 +1,8 @@
 """Writing one safetensors file tensor by tensor, in any order, without holding it in memory.
 
 The shapes are known before the values, so the header goes first and each value to its own offset.
-(safetensors' own `save_file` wants every tensor of the file alive at once and keeps the GIL.)
+(safetensors' own `save_file` wants every tensor of the file alive at once and keeps the GIL.) Each
+value is hashed on its way, so that a file's checksum is known when it is closed.
 
 Format: https://huggingface.co/docs/safetensors: 8 bytes of header length, a JSON header, the data.
 """
@@ -16,28 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_speed.checkpoint.digest import FileRecord, digest_of, tree_digest
+from hf_speed.checkpoint.header import DTYPE_CODES, DTYPE_OF_CODE, LENGTH_BYTES
 from hf_speed.errors import CheckpointError
 
-DTYPE_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""What safetensors calls each dtype."""
-
-DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
+__all__ = [
+    "DTYPE_CODES",
+    "DTYPE_OF_CODE",
+    "TensorFile",
+    "TensorSpec",
+    "sync_directory",
+    "sync_file",
+    "write_tensors",
+    "write_text",
+]
 
 _WRITE_BYTES = 1 << 30
 """Linux writes at most 2 GiB per call."""
@@ -71,8 +64,9 @@ class TensorFile:
         self.path = path
         ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
         self._specs = {spec.name: spec for spec in ordered}
-        self._missing = set(self._specs)
+        self._digests: dict[str, str] = {}
         header, self._offsets = _header(ordered)
+        self._header_digest = digest_of(header)
         self.nbytes = len(header) + sum(spec.nbytes for spec in ordered)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -84,7 +78,13 @@ class TensorFile:
     @property
     def is_full(self) -> bool:
         """True when every value has been written."""
-        return not self._missing
+        return len(self._digests) == len(self._specs)
+
+    @property
+    def record(self) -> FileRecord:
+        """Size and checksums, once every value has been written."""
+        tensors = {name: self._digests[name] for name in self._specs}
+        return FileRecord(self.nbytes, tree_digest(self._header_digest, tensors.values()), tensors)
 
     def write(self, name: str, value: Tensor) -> None:
         """Write one value, a CPU tensor of the shape and dtype that were announced.
@@ -99,10 +99,12 @@ class TensorFile:
                 f"{self.path.name} expects {spec} where {name} of shape {tuple(value.shape)} and "
                 f"dtype {value.dtype} came."
             )
+        data = memoryview(b"")
         if spec.nbytes:
             flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
-            self._write_at(self._offsets[name], flat.numpy().data)
-        self._missing.discard(name)
+            data = flat.numpy().data
+        self._digests[name] = digest_of(data)
+        self._write_at(self._offsets[name], data)
 
     def close(self) -> None:
         """Force the file to disk and close it.
@@ -112,10 +114,9 @@ class TensorFile:
             OSError: the disk fails.
         """
         try:
-            if self._missing:
-                raise CheckpointError(
-                    f"{self.path.name} was closed without {sorted(self._missing)[:5]}."
-                )
+            if not self.is_full:
+                missing = sorted(self._specs.keys() - self._digests.keys())
+                raise CheckpointError(f"{self.path.name} was closed without {missing[:5]}.")
             os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
@@ -131,7 +132,7 @@ class TensorFile:
             data = data[done:]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write a whole safetensors file, forced to disk; tensors may be on any device."""
     specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
     file = TensorFile(path, specs)
@@ -142,6 +143,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.abandon()
         raise
     file.close()
+    return file.record
 
 
 def write_text(path: Path, text: str) -> None:
@@ -189,5 +191,5 @@ def _header(specs: list[TensorSpec]) -> tuple[bytes, dict[str, int]]:
         begin += spec.nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
     return header, {name: len(header) + offset for name, offset in begins.items()}

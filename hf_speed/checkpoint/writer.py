@@ -4,6 +4,8 @@
     hf_speed/local-001-rank00000.safetensors           this rank's own tensors: RNG
     hf_speed/manifest.json                             what is where; names the save 001
 
+Each is hashed while it is written, and the manifest lists its checksum, and those of the model.
+
 A save numbers its files anew, so those of the save before stay as they are until the rename of the
 manifest, which is the one moment at which the new save takes its place.
 """
@@ -16,22 +18,28 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import hf_speed
+from hf_speed.checkpoint.digest import FileRecord, digest_file
 from hf_speed.checkpoint.manifest import (
+    FORMAT_VERSION,
     MANIFEST_PATH,
     STATE_DIRECTORY,
     Entry,
     Manifest,
     Piece,
     Scalar,
-    dump_json,
     entry_from_json,
     entry_to_json,
-    load_json,
     merge_entries,
+    record_from_json,
+    record_to_json,
 )
+from hf_speed.checkpoint.paths import Home
 from hf_speed.checkpoint.staging import agreed, check_visible, publish, staged
+from hf_speed.checkpoint.strict_json import dump_json, load_json
 from hf_speed.checkpoint.tensorfile import sync_directory, write_tensors, write_text
+from hf_speed.checkpoint.written import WrittenFiles
 from hf_speed.errors import CheckpointError
+from hf_speed.logs import get_logger
 from hf_speed.mesh import AxisGroup
 from hf_speed.shard.reshard import flat_start
 from hf_speed.shard.slicing import Run, Slicing, interval_runs
@@ -40,6 +48,23 @@ STAGING_NAME = ".staging"
 GIB = 1 << 30
 
 _OWN_FILE = re.compile(r"(state|local)-(\d+)-rank\d+(-\d+)?\.safetensors")
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
+"""What a Hub model or adapter consists of."""
+
+_log = get_logger(__name__)
+
+
+class _Staged(NamedTuple):
+    """What one rank has written, as it tells rank 0."""
+
+    entries: list[Entry]
+    records: dict[str, FileRecord]
 
 
 class LocalState(NamedTuple):
@@ -93,11 +118,12 @@ def write_states(
     scalars: Mapping[str, Mapping[str, Scalar]] | None = None,
     local: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = 5 * GIB,
+    written: WrittenFiles | None = None,
 ) -> None:
     """Write what a Hub model has no place for, as `directory`/hf_speed.
 
     Collective: every rank of `world` calls it. Three object all-gathers. The model's files in
-    `directory` are listed in the manifest with their sizes, so save the model first.
+    `directory` are listed in the manifest with their sizes and checksums, so save the model first.
 
     Args:
         directory: the checkpoint, on storage that all ranks share.
@@ -110,6 +136,7 @@ def write_states(
             parameters that this rank knows. Ranks that know one parameter must agree.
         local: this rank's own tensors, e.g. {"cpu_rng": uint8}.
         max_shard_bytes: size of a state file; a larger state gets one of its own.
+        written: what `write_model` noted; the model's other files are read by rank 0.
 
     Raises:
         CheckpointError: on every rank; a rank could not write, or the states leave gaps, overlap or
@@ -125,11 +152,14 @@ def write_states(
             local_name = None
             if local is not None:
                 local_name = f"local-rank{world.rank:05d}.safetensors"
-                write_tensors(staging / local_name, local)
+                record = write_tensors(staging / local_name, local)
+                part.records[local_name] = record._replace(tensors={})
             body = {
-                "entries": [entry_to_json(entry) for entry in part],
+                "entries": [entry_to_json(entry) for entry in part.entries],
                 "scalars": scalars or {},
                 "local": local_name,
+                "files": _to_json(part.records),
+                "model": _to_json(_known_files(directory, written)),
             }
             write_text(staging / _part_name(world.rank), dump_json(body, "Optimizer scalars"))
         with agreed(world, what):
@@ -139,19 +169,26 @@ def write_states(
 
 def _stage_states(
     staging: Path, states: Iterable[LocalState], rank: int, max_shard_bytes: int
-) -> list[Entry]:
-    """Write this rank's pieces into files of at most max_shard_bytes; where each of them is."""
-    entries: list[Entry] = []
+) -> _Staged:
+    """Write this rank's pieces into files of at most max_shard_bytes; what is where."""
+    done = _Staged([], {})
     pending: dict[str, Tensor] = {}
-    nbytes = num_files = 0
+    entries: list[Entry] = []
+    nbytes = 0
 
     def file_name() -> str:
-        return f"state-rank{rank:05d}-{num_files:05d}.safetensors"
+        return f"state-rank{rank:05d}-{len(done.records):05d}.safetensors"
+
+    def write() -> None:
+        # The file knows the digests of its own tensors, not of those in others.
+        record = write_tensors(staging / file_name(), pending)
+        done.entries.extend(_with_digests(entry, record) for entry in entries)
+        done.records[file_name()] = record._replace(tensors={})
 
     for state in states:
         if pending and nbytes + state.value.nbytes > max_shard_bytes:
-            write_tensors(staging / file_name(), pending)
-            pending, nbytes, num_files = {}, 0, num_files + 1
+            write()
+            pending, entries, nbytes = {}, [], 0
         tensors, entry = _cut(state, file_name())
         if tensors.keys() & pending.keys():
             raise CheckpointError(f"Rank {rank} holds the same piece of the {entry.label} twice.")
@@ -159,8 +196,15 @@ def _stage_states(
         nbytes += state.value.nbytes
         entries.append(entry)
     if pending:
-        write_tensors(staging / file_name(), pending)
-    return entries
+        write()
+    else:
+        done.entries.extend(entries)
+    return done
+
+
+def _with_digests(entry: Entry, record: FileRecord) -> Entry:
+    pieces = (piece._replace(digest=record.tensors[piece.key]) for piece in entry.pieces)
+    return entry._replace(pieces=tuple(pieces))
 
 
 def _cut(state: LocalState, file: str) -> tuple[dict[str, Tensor], Entry]:
@@ -193,39 +237,54 @@ def _commit(directory: Path, staging: Path, meta: Mapping[str, Any], world_size:
     entries: list[Entry] = []
     scalars: dict[str, dict[str, Scalar]] = {}
     local: dict[int, str] = {}
-    moves: dict[str, str] = {}
+    staged_files: dict[str, FileRecord] = {}
+    model: dict[str, FileRecord] = {}
     for rank in range(world_size):
         check_visible(staging, [_part_name(rank)])
         part = load_json((staging / _part_name(rank)).read_text(encoding="utf-8"), where)
         for value in part["entries"]:
             entry = entry_from_json(value, where=where)
-            final = [_numbered(piece.file, save) for piece in entry.pieces]
-            moves |= {piece.file: name for piece, name in zip(entry.pieces, final, strict=True)}
-            pieces = tuple(
-                piece._replace(file=f"{STATE_DIRECTORY}/{name}")
-                for piece, name in zip(entry.pieces, final, strict=True)
-            )
-            entries.append(entry._replace(pieces=pieces))
+            pieces = (piece._replace(file=_final_path(piece.file, save)) for piece in entry.pieces)
+            entries.append(entry._replace(pieces=tuple(pieces)))
         _merge_scalars(scalars, part["scalars"], rank)
+        staged_files |= _from_json(part["files"], where)
+        model |= _from_json(part["model"], where)
         if part["local"] is not None:
-            moves[part["local"]] = _numbered(part["local"], save)
-            local[rank] = f"{STATE_DIRECTORY}/{moves[part['local']]}"
-    check_visible(staging, moves)
-    files = {path.name: path.stat().st_size for path in _model_files(directory)}
-    for staged_name, final_name in moves.items():
-        files[f"{STATE_DIRECTORY}/{final_name}"] = (staging / staged_name).stat().st_size
+            local[rank] = _final_path(part["local"], save)
+    check_visible(staging, staged_files)
+    files = {
+        path.name: model[path.name] if path.name in model else digest_file(path)
+        for path in _model_files(directory)
+    }
+    files |= {_final_path(name, save): record for name, record in staged_files.items()}
     merged = merge_entries(entries, where=where)
     manifest = Manifest(
         world_size, meta, scalars, files, merged, local, package_version=hf_speed.__version__
     )
-    manifest.check(where)
-    write_text(staging / "manifest.json", manifest.to_json() + "\n")
-    publish(staging, home, moves)
+    text = manifest.to_json()
+    # What could not be read again must not take the place of what can.
+    Manifest.from_json(text, where=where)
+    write_text(staging / "manifest.json", text)
+    publish(staging, home, {name: _numbered(name, save) for name in staged_files})
     (staging / "manifest.json").replace(directory / MANIFEST_PATH)
     sync_directory(home)
     for path, match in _own_files(home).items():
         if int(match[2]) != save:
             path.unlink()
+
+
+def _to_json(records: Mapping[str, FileRecord]) -> dict[str, Any]:
+    return {name: record_to_json(record) for name, record in records.items()}
+
+
+def _from_json(value: Mapping[str, Any], where: str) -> dict[str, FileRecord]:
+    return {name: record_from_json(each, FORMAT_VERSION, where) for name, each in value.items()}
+
+
+def _known_files(directory: Path, written: WrittenFiles | None) -> dict[str, FileRecord]:
+    """The model's files that this rank wrote itself."""
+    found = {} if written is None else {p.name: written.record(p) for p in _model_files(directory)}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 def _merge_scalars(
@@ -244,6 +303,10 @@ def _part_name(rank: int) -> str:
     return f"part-rank{rank:05d}.json"
 
 
+def _final_path(staged_name: str, save: int) -> str:
+    return f"{STATE_DIRECTORY}/{_numbered(staged_name, save)}"
+
+
 def _numbered(staged_name: str, save: int) -> str:
     """A staged name with the number of the save: state-rank00000 -> state-003-rank00000."""
     kind, rest = staged_name.split("-", 1)
@@ -257,6 +320,14 @@ def _own_files(home: Path) -> dict[Path, re.Match[str]]:
 
 
 def _model_files(directory: Path) -> list[Path]:
-    """The weights that a Hub model or adapter consists of."""
-    patterns = ("*.safetensors", "*.safetensors.index.json")
-    return sorted(path for pattern in patterns for path in directory.glob(pattern))
+    """The model's files, without links to files elsewhere, for which nobody can vouch."""
+    home = Home(directory)
+    found = {path for pattern in _MODEL_FILES for path in directory.glob(pattern)}
+    links = {path for path in found if not home.owns(path.name)}
+    for path in sorted(links):
+        _log.warning(
+            "%s is a link out of the checkpoint: the manifest does not list it, so nothing will "
+            "notice if what it points to is changed. Copy the file in its place.",
+            path,
+        )
+    return sorted(found - links)

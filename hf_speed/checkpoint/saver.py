@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from hf_speed.checkpoint.staging import agreed
+from hf_speed.checkpoint.written import WrittenFiles
 from hf_speed.errors import CheckpointError, HfSpeedError
 from hf_speed.logs import get_logger
 from hf_speed.mesh import AxisGroup
@@ -45,6 +46,8 @@ class Save:
         self.what = what
         """Names the work and its directory in errors."""
         self.has_failed = False
+        self.written = WrittenFiles()
+        """Checksums of the model's files, from the job that writes them to that of the manifest."""
         self._saver = saver
 
     @property

@@ -48,6 +48,7 @@ def save_engine(engine: "Engine", directory: str, save: Save) -> None:
             scalars=_scalars(parts, engine.optimizer),
             local=rng_state(parts.mesh.device),
             max_shard_bytes=parts.config.max_shard_bytes,
+            written=save.written,
         )
     )
 

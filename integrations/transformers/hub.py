@@ -120,7 +120,17 @@ def save_hub_model(
     if save.is_behind:
         values = copy_parameters(values, plan, world=save.group)
     extras = HubConfigs(model, plan).write
-    save.submit(partial(write_model, directory, plan, values, world=save.group, extras=extras))
+    save.submit(
+        partial(
+            write_model,
+            directory,
+            plan,
+            values,
+            world=save.group,
+            extras=extras,
+            written=save.written,
+        )
+    )
 
 
 def plan_hub_model(

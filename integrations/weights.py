@@ -22,6 +22,7 @@ from hf_speed.checkpoint import StateReader, agreed
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME, ModelPlan
 from hf_speed.checkpoint.saver import Save
+from hf_speed.checkpoint.verify import verify_weights
 from hf_speed.engine import Engine
 from hf_speed.engine.buffers import full_buffers, persistent_buffers
 from hf_speed.engine.rng import MESH, load_rng, share_rng
@@ -212,6 +213,7 @@ def load_model(engine: Engine, directory: str) -> None:
             save that was in flight has failed.
     """
     engine.saves.wait()
+    verify_weights(directory, world=engine.mesh.world)
     if is_peft(engine.model):
         _load_adapters(engine, directory)
     else:
@@ -346,8 +348,14 @@ def _weight_map(directory: str) -> dict[str, str]:
     single = Path(directory) / SINGLE_NAME
     try:
         if index.is_file():
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            homes = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            for file in homes.values():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise CheckpointError(
+                        f"{index} names the file {file!r}, which leaves its directory."
+                    )
+            return homes
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), SINGLE_NAME)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory} holds no readable Hub model: {error}.") from error

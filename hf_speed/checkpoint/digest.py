@@ -79,7 +79,7 @@ def digest_file(path: Path, progress: Progress | None = None) -> FileRecord:
     try:
         size = os.fstat(descriptor).st_size
         if path.suffix != ".safetensors":
-            return FileRecord(size, _digest_span(descriptor, 0, size, progress))
+            return FileRecord(size, digest_span(descriptor, 0, size, progress))
         header = read_header(descriptor, str(path))
         tensors = digest_tensors(descriptor, header, progress)
         return FileRecord(size, tree_digest(digest_of(header.raw), tensors.values()), tensors)
@@ -94,12 +94,17 @@ def digest_tensors(
 ) -> dict[str, str]:
     """Name -> checksum of every tensor of an open file, in the order of the file."""
     return {
-        name: _digest_span(descriptor, span.begin, span.end, progress)
+        name: digest_span(descriptor, span.begin, span.end, progress)
         for name, span in header.spans.items()
     }
 
 
-def _digest_span(descriptor: int, begin: int, end: int, progress: Progress | None) -> str:
+def digest_span(descriptor: int, begin: int, end: int, progress: Progress | None = None) -> str:
+    """The checksum of bytes [begin, end) of an open file, of which at most 8 MiB are in memory.
+
+    Raises:
+        OSError: it cannot be read, or is shorter.
+    """
     state = xxhash.xxh3_128()
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, end - begin)))
     while begin < end:

@@ -21,7 +21,9 @@ from hf_speed.mesh.collectives import agree
 
 
 @contextmanager
-def agreed(world: AxisGroup, what: str) -> Iterator[None]:
+def agreed(
+    world: AxisGroup, what: str, *, left: str = "What was saved before is untouched."
+) -> Iterator[None]:
     """Run a block on every rank; if it fails on one, raise on all.
 
     The block must issue no collective that a failure could keep this rank from joining. One object
@@ -30,6 +32,7 @@ def agreed(world: AxisGroup, what: str) -> Iterator[None]:
     Args:
         world: the ranks that take part.
         what: names the work and its directory, as in "Saving the model to out/checkpoint-10".
+        left: what the failure leaves behind.
 
     Raises:
         CheckpointError: the block failed on some rank, or a rank is gone.
@@ -42,13 +45,11 @@ def agreed(world: AxisGroup, what: str) -> Iterator[None]:
     try:
         first = agree(failure, group=world)
     except MeshError as error:
-        raise CheckpointError(
-            f"{what} did not finish: a rank is gone ({error}). What was saved before is untouched."
-        ) from (failure or error)
+        raise CheckpointError(f"{what} did not finish: a rank is gone ({error}). {left}") from (
+            failure or error
+        )
     if first is not None:
-        raise CheckpointError(
-            f"{what} failed on {first}. What was saved before is untouched."
-        ) from failure
+        raise CheckpointError(f"{what} failed on {first.rstrip('.')}. {left}") from failure
 
 
 @contextmanager

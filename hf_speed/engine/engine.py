@@ -76,6 +76,8 @@ class Engine:
     ) -> None:
         self.model = model
         self.sync_gradients = True
+        self.notes: dict[str, Any] = {}
+        """What the caller wants a checkpoint to say of the run, as JSON: its data, for example."""
         self._config = config
         self._compute_dtype = compute_dtype
         self._device = device
@@ -166,6 +168,11 @@ class Engine:
     def config(self) -> ResolvedConfig:
         """The config with nothing left open."""
         return self._parts.config
+
+    @property
+    def given_config(self) -> SpeedConfig:
+        """The config as it came."""
+        return self._config
 
     @property
     def mesh(self) -> ParallelMesh:

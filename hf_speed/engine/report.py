@@ -1,5 +1,6 @@
 """Figures of a run and of the machine, read from the process and the devices."""
 
+import platform
 import resource
 import shutil
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from hf_speed import __version__
+from hf_speed.compat import REQUIREMENTS, installed
 from hf_speed.config import Memory, OffloadConfig, env
 from hf_speed.errors import ConfigError
 
@@ -22,6 +25,16 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device)
     return peaks
+
+
+def package_versions() -> dict[str, str]:
+    """What a run's numbers depend on: Python, this package and those that it needs."""
+    found = {"python": platform.python_version(), "hf_speed": __version__}
+    for requirement in REQUIREMENTS:
+        version = installed(requirement.name)
+        if version is not None:
+            found[requirement.name] = str(version)
+    return found
 
 
 def memory_of_machine(offload: OffloadConfig, *, device: torch.device, num_ranks: int) -> Memory:

@@ -19,6 +19,7 @@ from hf_speed.checkpoint.snapshot import copy_states
 from hf_speed.checkpoint.writer import LocalState, write_states
 from hf_speed.engine.assemble import Parts
 from hf_speed.engine.catalogue import Catalogue
+from hf_speed.engine.report import package_versions
 from hf_speed.engine.rng import MESH, load_rng, rng_state
 from hf_speed.errors import CheckpointError
 from hf_speed.zero.states import Holding, holdings, scalar_states, tensor_states
@@ -43,7 +44,7 @@ def save_engine(engine: "Engine", directory: str, save: Save) -> None:
             write_states,
             directory,
             copy_states(states) if save.is_behind else states,
-            _meta(engine),
+            run_meta(engine),
             world=save.group,
             scalars=_scalars(parts, engine.optimizer),
             local=rng_state(parts.mesh.device),
@@ -84,7 +85,8 @@ def _states_of(
         )
 
 
-def _meta(engine: "Engine") -> dict[str, Any]:
+def run_meta(engine: "Engine") -> dict[str, Any]:
+    """What a manifest says of the run as a whole. JSON; no collective."""
     parts = engine.parts
     return {
         MESH: dict(parts.mesh.sizes),
@@ -95,6 +97,9 @@ def _meta(engine: "Engine") -> dict[str, Any]:
         PARAMETER_SHAPES: {
             name: list(shape) for name, shape in _trainable(parts.catalogue).items()
         },
+        "config": engine.given_config.to_dict(),
+        "versions": package_versions(),
+        "notes": dict(engine.notes),
     }
 
 

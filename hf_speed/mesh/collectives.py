@@ -289,6 +289,18 @@ def agree(error: BaseException | None, *, group: AxisGroup) -> str | None:
     return next((each for each in everyone if each is not None), None)
 
 
+def gather_objects(value: T, *, group: AxisGroup) -> list[T]:
+    """What every rank has, in rank order: anything that can be pickled and is small. Blocks."""
+    if group.is_identity:
+        return [value]
+    everyone: list[T] = [value] * group.size
+    guard(
+        f"objects of all ranks over {group.label}",
+        lambda: dist.all_gather_object(everyone, value, group=group.group),
+    )
+    return everyone
+
+
 def highest(value: int, *, group: AxisGroup) -> int:
     """The largest `value` of any rank. One object all-gather; blocks."""
     if group.is_identity:

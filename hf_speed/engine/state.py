@@ -169,7 +169,10 @@ def load_engine(engine: "Engine", directory: str) -> None:
 
 
 def _check_model(catalogue: Catalogue, reader: StateReader) -> None:
-    stored = {name: tuple(s) for name, s in reader.meta.get(PARAMETER_SHAPES, {}).items()}
+    shapes = reader.meta.get(PARAMETER_SHAPES)
+    if shapes is None:
+        return  # Imported weights: what is trained from here on is this run's choice.
+    stored = {name: tuple(s) for name, s in shapes.items()}
     here = _trainable(catalogue)
     differing = sorted(
         name for name in stored.keys() | here.keys() if stored.get(name) != here.get(name)
@@ -231,7 +234,9 @@ def _counter(optimizer: Optimizer, key: str, number: float, piece: torch.nn.Para
 
 
 def _load_hyperparameters(optimizer: Optimizer, reader: StateReader) -> None:
-    stored = reader.meta.get("param_groups", [])
+    stored = reader.meta.get("param_groups")
+    if stored is None:
+        return  # Imported weights, which no optimizer came with.
     if len(stored) != len(optimizer.param_groups):
         raise CheckpointError(
             f"{reader.directory} has {len(stored)} optimizer groups, this run has "

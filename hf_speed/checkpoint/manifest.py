@@ -302,10 +302,6 @@ def safe_path(path: object, where: str) -> str:
 def _check_own_digest(text: str, body: Mapping[str, Any], where: str) -> None:
     if body["format_version"] == 1 and "digest" not in body:
         return
-    if body.get("checksums") != ALGORITHM:
-        raise CheckpointError(
-            f"{where} has checksums of the kind {body.get('checksums')!r}; known is {ALGORITHM!r}."
-        )
     ending = _ENDING.search(text, max(len(text) - 64, 0))
     if ending is None or ending.end() != len(text):
         raise CheckpointError(f"{where} is damaged: it does not end with its checksum.")
@@ -314,6 +310,10 @@ def _check_own_digest(text: str, body: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(
             f"{where} was changed after it was written, or is damaged: its checksum is {found}, it "
             f"says {ending[1]}. Copy it again, or use another checkpoint."
+        )
+    if body.get("checksums") != ALGORITHM:
+        raise CheckpointError(
+            f"{where} has checksums of the kind {body.get('checksums')!r}; known is {ALGORITHM!r}."
         )
 
 

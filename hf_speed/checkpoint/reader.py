@@ -67,7 +67,7 @@ def parse_manifest(directory: Path) -> Manifest:
     try:
         size = Home(directory).size_of(MANIFEST_PATH)
         if size is None:
-            raise CheckpointError(_why_no_manifest(directory))
+            raise CheckpointError(no_manifest_reason(directory))
         if size > _MAX_MANIFEST_BYTES:
             raise CheckpointError(
                 f"{path} has {size} bytes, more than any manifest ({_MAX_MANIFEST_BYTES})."
@@ -279,7 +279,8 @@ class StateReader:
         return self._open[file]
 
 
-def _why_no_manifest(directory: Path) -> str:
+def no_manifest_reason(directory: Path) -> str:
+    """Why there is no manifest, for messages."""
     if not directory.is_dir():
         return f"{directory} is not a directory, so there is no checkpoint to read."
     if (directory / MANIFEST_PATH).parent.is_dir():

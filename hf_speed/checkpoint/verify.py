@@ -15,6 +15,7 @@ from hf_speed.checkpoint.digest import (
     Progress,
     digest_of,
     digest_span,
+    digest_tensors,
     tree_digest,
 )
 from hf_speed.checkpoint.header import Header, Span, read_header
@@ -105,6 +106,19 @@ class OpenFile:
         """Close the file."""
         os.close(self._descriptor)
 
+    def digests(self, progress: Progress | None = None) -> FileRecord:
+        """Read the whole file, and say what is in it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            tensors = digest_tensors(self._descriptor, self.header, progress)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}.") from error
+        digest = tree_digest(digest_of(self.header.raw), tensors.values())
+        return FileRecord(self.path.stat().st_size, digest, tensors)
+
     def damage_of_header(self, record: FileRecord) -> Damage | None:
         """Whether all before the data is as it was; reads no data.
 
@@ -125,7 +139,7 @@ class OpenFile:
             )
         return None
 
-    def damage_of(self, name: str, digest: str, progress: Progress | None = None) -> Damage | None:
+    def damage_of(self, name: str, digest: str) -> Damage | None:
         """Whether a tensor has the bytes that it had.
 
         Raises:
@@ -133,7 +147,7 @@ class OpenFile:
         """
         span = self.header.spans[name]
         try:
-            found = digest_span(self._descriptor, span.begin, span.end, progress)
+            found = digest_span(self._descriptor, span.begin, span.end)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read at {name}: {error}.") from error
         if found == digest:

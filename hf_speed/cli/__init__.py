@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_speed.cli import doctor, launch, plan, storage
+from hf_speed.cli import doctor, inspecting, launch, plan, storage
 from hf_speed.errors import HfSpeedError
 
 
@@ -18,7 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     launch.add_parser(commands)
     doctor.add_parser(commands)
     plan.add_parser(commands)
-    storage.add_parsers(commands)
+    inspecting.add_parser(commands)
+    storage.add_parser(commands)
     return parser
 
 

@@ -25,7 +25,8 @@ from hf_speed.checkpoint.saver import Save
 from hf_speed.checkpoint.verify import verify_weights
 from hf_speed.engine import Engine
 from hf_speed.engine.buffers import full_buffers, persistent_buffers
-from hf_speed.engine.rng import MESH, load_rng, share_rng
+from hf_speed.engine.rng import load_rng, share_rng
+from hf_speed.engine.saved_run import MESH
 from hf_speed.errors import CheckpointError
 from hf_speed.integrations.transformers.hub import (
     Stored,

@@ -117,7 +117,15 @@ class StateReader:
         self.directory = Path(directory)
         self.manifest = read_manifest(directory)
         self._entries = {(entry.name, entry.kind): entry for entry in self.manifest.entries}
+        self._kinds: dict[str, tuple[str, ...]] = {}
+        for entry in self.manifest.entries:
+            self._kinds[entry.name] = (*self._kinds.get(entry.name, ()), entry.kind)
         self._open: OrderedDict[str, MappedFile] = OrderedDict()
+
+    @property
+    def where(self) -> str:
+        """The manifest's path, for messages."""
+        return str(self.directory / MANIFEST_PATH)
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -129,13 +137,18 @@ class StateReader:
         """Parameter name -> kind -> value."""
         return self.manifest.scalars
 
+    def shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        """Full shape of one tensor; None where nothing is stored."""
+        entry = self._entries.get((name, kind))
+        return None if entry is None else entry.shape
+
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Full shape of every tensor of one kind, by parameter name."""
         return {entry.name: entry.shape for entry in self.manifest.entries if entry.kind == kind}
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """What is stored for one parameter, sorted; empty where nothing is."""
-        return tuple(entry.kind for entry in self.manifest.entries if entry.name == name)
+        return self._kinds.get(name, ())
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], *, kind: str) -> None:
         """Check that the checkpoint is of a model whose `kind` tensors have these names and shapes.

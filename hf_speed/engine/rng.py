@@ -13,14 +13,13 @@ import numpy as np
 import torch
 
 from hf_speed.checkpoint.reader import StateReader
+from hf_speed.engine.saved_run import saved_mesh
+from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
 from hf_speed.mesh import ParallelMesh
 from hf_speed.mesh.axes import AXES, Axis
 from hf_speed.mesh.collectives import broadcast_object
 from hf_speed.mesh.topology import rank_of
-
-MESH = "mesh"
-"""Under this key of a checkpoint's meta data: the axis sizes of the run that wrote it."""
 
 _DATA_AXES: tuple[Axis, ...] = ("dp_replicate", "dp_shard", "ep")
 """Ranks apart along these see different batches; ranks along the others see the same."""
@@ -65,8 +64,9 @@ def load_rng(mesh: ParallelMesh, reader: StateReader, *, says_so: bool = True) -
     Raises:
         CheckpointError: the file with the state is damaged.
     """
-    saved = reader.meta.get(MESH, {"dp_shard": reader.manifest.world_size})
-    there: dict[Axis, int] = {axis: saved.get(axis, 1) for axis in AXES}
+    there = saved_mesh(reader.meta, reader.where)
+    if there is None:
+        there = dict.fromkeys(AXES, 1) | {"dp_shard": max(reader.manifest.world_size, 1)}
     source = _source(mesh, there)
     local = reader.local(source) if source is not None else {}
     num_here, num_there = _num_data_ranks(mesh.sizes), _num_data_ranks(there)
@@ -78,7 +78,12 @@ def load_rng(mesh: ParallelMesh, reader: StateReader, *, says_so: bool = True) -
             num_here,
             num_there,
         )
-    _set_states(local, mesh)
+    try:
+        _set_states(local, mesh)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{reader.directory} holds random states of rank {source} that are none: {error}."
+        ) from error
 
 
 def _set_states(states: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> None:

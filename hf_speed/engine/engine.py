@@ -44,6 +44,7 @@ from hf_speed.engine.structure import (
 )
 from hf_speed.errors import EngineError
 from hf_speed.mesh import ParallelMesh
+from hf_speed.optim.families import OptimizerChange
 
 
 class StepStats(NamedTuple):
@@ -388,14 +389,17 @@ class Engine:
         self._parts.stepper.settle()
         save_engine(self, directory, save or self.saves.begin(f"Saving {directory}"))
 
-    def load(self, directory: str) -> None:
+    def load(self, directory: str) -> OptimizerChange | None:
         """Read what `save` wrote, on any number of ranks and at any stage. Collective.
 
         The weights are not part of it: load them first, from the Hub files beside it.
+
+        Returns:
+            How the stored optimizer became the bound one; None where none is bound.
         """
         self.saves.wait()
         self._parts.stepper.settle()
-        load_engine(self, directory)
+        return load_engine(self, directory)
 
     def stats(self) -> StepStats:
         """Figures for logs. No collective."""

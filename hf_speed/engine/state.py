@@ -38,6 +38,7 @@ from hf_speed.engine.saved_run import (
     saved_run,
 )
 from hf_speed.errors import CheckpointError
+from hf_speed.optim.families import OptimizerChange
 from hf_speed.zero.states import Holding, holdings
 
 if TYPE_CHECKING:
@@ -128,8 +129,11 @@ def _trainable(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
     return {record.name: record.shape for record in catalogue.records.values() if record.trainable}
 
 
-def load_engine(engine: "Engine", directory: str) -> None:
+def load_engine(engine: "Engine", directory: str) -> OptimizerChange | None:
     """Read the state of one run into an engine of the same model. Collective.
+
+    Returns:
+        How the stored optimizer became the bound one; None where none is bound.
 
     Raises:
         CheckpointError: not a whole checkpoint, of another model, or of another optimizer.
@@ -158,6 +162,7 @@ def load_engine(engine: "Engine", directory: str) -> None:
             parts.scaler.load(run.loss_scale)
         load_rng(parts.mesh, reader)
     parts.stepper.spread()
+    return None if loader is None else loader.change
 
 
 def _check_model(catalogue: Catalogue, run: SavedRun, reader: StateReader) -> None:

@@ -133,6 +133,11 @@ class OptimizerChange(NamedTuple):
         """Whether states and settings are those of the class that was saved."""
         return self.settings is None and all(old == new for old, new in self.kept.items())
 
+    @property
+    def has_own_rates(self) -> bool:
+        """Whether learning rates mean something else here than in the run that was saved."""
+        return not self.takes("lr")
+
     def takes(self, setting: str) -> bool:
         """Whether the stored run decides this hyperparameter."""
         if setting in _HOW:

@@ -208,13 +208,13 @@ class PositionedTrainer(transformers.Trainer):
             return tuple(lengths)
         batch = lengths.total_train_batch_size
         start = start_after(position, batch=batch, updates_per_pass=self._updates_per_pass)
-        if args.ignore_data_skip:
-            start = Start(start.passes, 0, 0, 0)
-        self._data_start = start
         by_passes = args.max_steps <= 0
         left = lengths_from(
             lengths, start, step=position.step, by_passes=by_passes, is_stream=is_stream
         )
+        if args.ignore_data_skip:
+            start = Start(start.passes, 0, 0, 0)
+        self._data_start = start
         _tell(position, start, batch, left.max_steps, args)
         return tuple(left)
 

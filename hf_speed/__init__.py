@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_speed.checkpoint.export import export
     from hf_speed.config import SpeedConfig
     from hf_speed.engine import (
         engine_of,
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
         set_full_parameter,
     )
     from hf_speed.integrations.accelerate import Accelerator
+    from hf_speed.integrations.hub.publish import export
     from hf_speed.integrations.transformers import (
         Trainer,
         TrainingArguments,
@@ -77,7 +77,7 @@ def _home_of(name: str) -> str:
         case "Accelerator":
             return "hf_speed.integrations.accelerate"
         case "export":
-            return "hf_speed.checkpoint.export"
+            return "hf_speed.integrations.hub.publish"
     if name in _OF_TRAINER or name.startswith("integrate_"):
         return "hf_speed.integrations.transformers"
     return "hf_speed.engine"

@@ -41,14 +41,14 @@ class Inspection(NamedTuple):
     """What was found.
 
     Attributes:
-        directory: of the checkpoint.
+        directory: of the checkpoint, or its address.
         manifest: what it says of itself; None where that cannot be read.
         problems: in the order of the manifest; none: it is whole.
         notes: files that do not belong to it, and what could not be checked.
         has_checksums: False where only sizes and headers were compared.
     """
 
-    directory: Path
+    directory: Path | str
     manifest: Manifest | None
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hf_speed.checkpoint.inspection import Inspection
     from hf_speed.checkpoint.manifest import Manifest
 
@@ -26,7 +28,9 @@ def add_parser(commands: Any) -> None:
     """Add `inspect` to the subcommands."""
     parser = commands.add_parser("inspect", help="verify a checkpoint and say what is in it")
     parser.add_argument(
-        "directory", metavar="DIR", help="a checkpoint, as in out/checkpoint-100, or one of several"
+        "directory",
+        metavar="DIR",
+        help="a checkpoint, as in out/checkpoint-100, or one of several; or a URL, as in s3://b/run",
     )
     parser.add_argument(
         "--fast", action="store_true", help="compare sizes and headers, read no tensors"
@@ -36,19 +40,29 @@ def add_parser(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from hf_speed.checkpoint.inspection import find_checkpoints, inspect_checkpoint
-
-    paths = find_checkpoints(arguments.directory)
-    progress = None if arguments.fast else _Progress(sum(map(_bytes_in, paths)))
     found = []
-    for path in paths:
-        each = inspect_checkpoint(path, fast=arguments.fast, progress=progress)
+    for each in _inspections(arguments.directory, fast=arguments.fast):
         found.append(each)
         if not arguments.json:
             _print(each)
     if arguments.json:
         print(json.dumps({"checkpoints": [_as_json(each) for each in found]}, indent=2))
     return int(any(not each.is_whole for each in found))
+
+
+def _inspections(place: str, *, fast: bool) -> "Iterator[Inspection]":
+    from hf_speed.checkpoint.inspection import find_checkpoints, inspect_checkpoint
+    from hf_speed.checkpoint.stores import is_url
+
+    if is_url(place):
+        from hf_speed.checkpoint.remote import inspect_remote, newest_url
+
+        yield inspect_remote(newest_url(place), fast=fast)
+        return
+    paths = find_checkpoints(place)
+    progress = None if fast else _Progress(sum(map(_bytes_in, paths)))
+    for path in paths:
+        yield inspect_checkpoint(path, fast=fast, progress=progress)
 
 
 class _Progress:

@@ -77,6 +77,18 @@ def directories(path: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def url(path: str, value: object) -> None:
+    """Raise unless `value` is an address with a scheme, as in 's3://bucket/run'."""
+    if not isinstance(value, str):
+        raise ConfigError(_wrong_type(path, value, "an address, as in 's3://bucket/run'"))
+    scheme, separator, rest = value.partition("://")
+    if not (scheme and separator and rest):
+        raise ConfigError(
+            f"{path}={value!r} is no address: write it as in 's3://bucket/run', 'gs://bucket/run' "
+            f"or 'file:///mnt/shared/run'."
+        )
+
+
 def section(path: str, value: object, kind: type) -> None:
     """Raise unless `value` is an instance of config class `kind`."""
     if not isinstance(value, kind):

@@ -62,6 +62,8 @@ class ResolvedConfig:
     """Largest file of the model, in bytes."""
     asynchronous: bool
     """Write checkpoints behind the training."""
+    mirror: str | None
+    """Where finished checkpoints are copied to."""
     journal: bool
     """Record and compare collectives."""
     timeout_s: float
@@ -212,6 +214,7 @@ def resolve(
         offload=resolve_offload(config.offload, tiers=choice.tiers, reason=choice.tiers_reason),
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         asynchronous=config.checkpoint.asynchronous,
+        mirror=config.checkpoint.mirror,
         journal=config.debug.journal,
         timeout_s=config.debug.timeout_s,
         stats=config.debug.stats,

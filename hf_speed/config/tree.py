@@ -265,11 +265,16 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Write behind the training, from a copy of what this rank saves in host memory (about 14 bytes
     a parameter of its share with bf16 and Adam); the next save waits for the one before."""
+    mirror: str | None = None
+    """Address of fsspec, as in 's3://bucket/run', to which every finished checkpoint is copied, by
+    all ranks; `latest` there names the newest. Nothing is removed there. AUTO: none."""
 
     def __post_init__(self) -> None:
         """Check every value."""
         check.integer("checkpoint.max_shard_bytes", self.max_shard_bytes, KIB, 1024 * GIB)
         check.boolean("checkpoint.asynchronous", self.asynchronous)
+        if self.mirror is not None:
+            check.url("checkpoint.mirror", self.mirror)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,7 +45,7 @@ CONFIG = """
              "paths": [], "staging_bytes": 268435456, "host_bytes": null, "update": null,
              "moments": "float32", "step": "after", "cpu_share": 1.0,
              "activation_min_bytes": 1048576},
- "checkpoint": {"max_shard_bytes": 5368709120, "asynchronous": false},
+ "checkpoint": {"max_shard_bytes": 5368709120, "asynchronous": false, "mirror": null},
  "debug": {"journal": false, "timeout_s": 600.0, "stats": true}}
 """
 

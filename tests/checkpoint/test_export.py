@@ -1,11 +1,13 @@
 """Exports: plain files of a Hub model, recast and cut anew on request, whole or not at all."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import hf_speed
 from hf_speed.checkpoint import LocalState, ModelPlan, TensorGroup, TensorSpec
@@ -121,3 +123,178 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         export(source, tmp_path / "model", dtype="int8")
     with pytest.raises(ConfigError, match="max_shard_size='5 apples' is no size"):
         export(source, tmp_path / "model", max_shard_size="5 apples")
+    (source / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    with pytest.raises(ConfigError, match=r"has a quantization_config: dtype=torch.float16 would"):
+        export(source, tmp_path / "model", dtype="float16")
+    (source / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"config.json is damaged: it holds no table"):
+        export(source, tmp_path / "model", dtype="float16")
+
+
+def halved(directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint in bfloat16 whose masters, in two pieces each, have more bits."""
+    masters = {f"layer.{index}.weight": torch.randn(10, 10) for index in range(5)}
+    halves = {name: value.bfloat16() for name, value in masters.items()}
+    specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in halves.items()]
+    groups = tuple(TensorGroup((name,), (name,), is_rename=True) for name in halves)
+    plan = ModelPlan(split_files(specs, 500), groups, dict, {}, 500)
+    write_model(directory, plan, halves.items(), world=IDENTITY)
+    states = [
+        LocalState(name, "master", (10, 10), start, 50, value.reshape(-1)[start : start + 50])
+        for name, value in masters.items()
+        for start in (0, 50)
+    ]
+    write_states(directory, states, {}, world=IDENTITY)
+    text_config = {"dtype": "bfloat16", "hidden_size": 4}
+    config = {"dtype": "bfloat16", "text_config": text_config, "limit": float("inf")}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory, masters
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_another_dtype_is_made_of_the_masters(dtype: str, tmp_path: Path) -> None:
+    source, masters = halved(tmp_path / "checkpoint-3")
+    exported = export(source, tmp_path / "model", dtype=dtype)
+    for name, value in load(exported).items():
+        assert torch.equal(value, masters[name].to(getattr(torch, dtype))), name
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["dtype"], config["text_config"]["dtype"]) == (dtype, dtype)
+    same = load(export(source, tmp_path / "same", dtype="bfloat16"))
+    assert all(torch.equal(same[name], value.bfloat16()) for name, value in masters.items())
+
+
+def test_masters_of_another_layout_are_converted_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Mixtral's experts: one tensor in memory, several on the Hub."""
+    master = torch.randn(2, 4, 6)
+
+    def convert(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"expert.{index}": each for index, each in enumerate(values["experts"])}
+
+    hub = {f"expert.{index}": master[index].bfloat16() for index in range(2)}
+    specs = [TensorSpec(name, (4, 6), torch.bfloat16) for name in hub]
+    group = TensorGroup(("experts",), tuple(hub), is_rename=False)
+    plan = ModelPlan(split_files(specs, 1000), (group,), convert, {"tied": "experts"}, 48)
+    source = tmp_path / "checkpoint-1"
+    write_model(source, plan, [("experts", master.bfloat16())], world=IDENTITY)
+    # Under the other name of a tied weight.
+    state = LocalState("tied", "master", (2, 4, 6), 0, 48, master.reshape(-1))
+    write_states(source, [state], {}, world=IDENTITY)
+    loaded = load(export(source, tmp_path / "exact", dtype="float32", layout=lambda _: plan))
+    assert all(torch.equal(loaded[f"expert.{index}"], master[index]) for index in range(2))
+    assert not caplog.records
+    loaded = load(export(source, tmp_path / "short", dtype="float32"))
+    assert all(torch.equal(loaded[name], value.float()) for name, value in hub.items())
+    assert "keeps 1 masters, first tied, whose names its Hub files do not have" in caplog.text
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("file", ["model-00002-of-00003.safetensors", "hf_speed"])
+def test_a_flipped_bit_is_not_published(dtype: str | None, file: str, tmp_path: Path) -> None:
+    source, _ = halved(tmp_path / "checkpoint-3")
+    if file == "hf_speed":
+        file = next(path.name for path in (source / file).glob("state-*"))
+        flip(source / "hf_speed" / file, -1)
+        if dtype is None:
+            export(source, tmp_path / "model")  # Masters are not part of it.
+            return
+    else:
+        flip(source / file, -1)
+    if file.startswith("model") and dtype is not None:
+        # Nothing is read from the files where all is made of masters.
+        dtype = "bfloat16"
+    with pytest.raises(CheckpointError, match=f"{file} is damaged: .*another checksum"):
+        export(source, tmp_path / "model", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_link_out_of_the_checkpoint_is_not_published(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("token")
+    source = checkpoint(tmp_path / "checkpoint-3")
+    (source / "vocab.txt").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"vocab.txt is a link to .*secret, outside of"):
+        export(source, tmp_path / "model")
+    (source / "vocab.txt").unlink()
+    (source / "chat_templates" / "x").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"x is a link to .*secret, outside of"):
+        export(source, tmp_path / "model")
+    (source / "chat_templates" / "x").unlink()
+    (source / "vocab.txt").symlink_to("tokenizer.json")
+    assert "vocab.txt" in export(source, tmp_path / "model").files
+
+
+def test_files_without_a_format_get_one(tmp_path: Path) -> None:
+    """Without it transformers refuses to load them."""
+    source = tmp_path / "model"
+    source.mkdir()
+    save_file(WEIGHTS, source / "model.safetensors")
+    exported = export(source, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert all(torch.equal(load(exported)[name], value) for name, value in WEIGHTS.items())
+
+
+def test_an_adapter_is_exported(tmp_path: Path) -> None:
+    source = tmp_path / "adapter"
+    source.mkdir()
+    save_file(WEIGHTS, source / "adapter_model.safetensors", {"format": "pt"})
+    (source / "adapter_config.json").write_text("{}")
+    exported = export(source, tmp_path / "out", dtype="bfloat16")
+    assert exported.files == ("adapter_config.json", "adapter_model.safetensors")
+    assert load(exported)["layer.0.weight"].dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="holds an adapter, which is one file"):
+        export(source, tmp_path / "other", max_shard_size=700)
+
+
+def test_pickles_are_left_out_and_extras_are_added_before_the_rename(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "checkpoint-3")
+    (source / "pytorch_model.bin").write_text("of another export")
+
+    def finish(staging: Path) -> None:
+        assert not (tmp_path / "model").exists()
+        (staging / "README.md").write_text("x")
+
+    exported = export(source, tmp_path / "model", finish=finish)
+    assert "README.md" in exported.files
+    assert "pytorch_model.bin" in exported.left_out
+
+
+def test_memory_is_that_of_a_tensor_whatever_the_model(tmp_path: Path) -> None:
+    """256 MiB of weights and as many of masters pass; 16 MiB a tensor."""
+    mib = 1 << 20
+    source = tmp_path / "checkpoint-3"
+    names = [f"layer.{index}" for index in range(16)]
+    specs = [TensorSpec(name, (4, 1024, 1024), torch.float32) for name in names]
+    groups = tuple(TensorGroup((name,), (name,), is_rename=True) for name in names)
+    plan = ModelPlan(split_files(specs, 1 << 30), groups, dict, {}, 1)
+    value = torch.zeros(4, 1024, 1024)
+    write_model(source, plan, ((name, value) for name in names), world=IDENTITY)
+    Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew.
+    before = peak_bytes()
+    export(source, tmp_path / "copy")
+    export(source, tmp_path / "model", dtype="bfloat16", max_shard_size="64MiB")
+    assert peak_bytes() - before < 64 * mib
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) == 2
+    states = (
+        LocalState(name, "master", (4, 1024, 1024), 0, 4 * mib, value.reshape(-1)) for name in names
+    )
+    write_states(tmp_path / "model", states, {}, world=IDENTITY, max_shard_bytes=1 << 30)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_bytes()
+    export(tmp_path / "model", tmp_path / "wide", dtype="float32", max_shard_size="64MiB")
+    assert peak_bytes() - before < 64 * mib
+
+
+def peak_bytes() -> int:
+    """VmHWM: the most memory that this process has had."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -121,12 +121,13 @@ def test_the_rest_passes_through() -> None:
     resolved = _resolved(
         {
             "zero": {"units": ["Block"]},
-            "checkpoint": {"max_shard_bytes": 4096, "asynchronous": True},
+            "checkpoint": {"max_shard_bytes": 4096, "asynchronous": True, "mirror": "s3://b/run"},
             "debug": {"journal": True, "timeout_s": 5, "stats": False},
         }
     )
     assert resolved.units == ("Block",)
     assert (resolved.max_shard_bytes, resolved.asynchronous) == (4096, True)
+    assert resolved.mirror == "s3://b/run"
     assert (resolved.journal, resolved.timeout_s, resolved.stats) == (True, 5, False)
 
 

@@ -100,6 +100,8 @@ from hf_speed.errors import ConfigError
         ({"offload": {"activation_min_bytes": 1}}, r"activation_min_bytes=1 is out of range"),
         ({"checkpoint": {"max_shard_bytes": 1}}, r"max_shard_bytes=1 is out of range.*1024 to"),
         ({"checkpoint": {"asynchronous": 1}}, r"checkpoint\.asynchronous=1 is of type int"),
+        ({"checkpoint": {"mirror": 1}}, r"checkpoint\.mirror=1 is of type int"),
+        ({"checkpoint": {"mirror": "bucket/run"}}, r"mirror='bucket/run' is no address: write it"),
         ({"debug": {"journal": "yes"}}, r"debug\.journal='yes' is of type str.*true or false"),
         (
             {"debug": {"timeout_s": 0}},

@@ -235,7 +235,11 @@ def zero_bubble_rows(heat: Heat, found: dict[str, list[Measured]]) -> list[Row]:
 
 
 def heats(args: argparse.Namespace) -> list[Heat]:
-    """What is run: p=4 with m=16, where ZB-V's bar is, and eight processes."""
+    """What is run: p=4 with m=16, where ZB-V's bar is, eight processes, and ZB-V's bar once more.
+
+    What comes between two sleeps does not grow with them. Its share of ZB-V's step at two lengths
+    tells it from a bubble of the schedule, which would keep its share.
+    """
     every = tuple(SCHEDULES)
     if args.schedules:
         every = tuple(args.schedules.split(","))
@@ -243,9 +247,12 @@ def heats(args: argparse.Namespace) -> list[Heat]:
         few = tuple(name for name in ("1f1b", "zb_v") if name in every)
         return [Heat(4, 16, few, Times(*[0.07] * 3), rounds=1, steps=1)]
     times = Times(*[args.sleep_ms * 1e-3] * 3)
+    zero = tuple(name for name in ("1f1b", "zb_v") if name in every)
+    longer = Times(*[1.5 * args.sleep_ms * 1e-3] * 3)
     return [
         Heat(4, 16, every, times, rounds=3, steps=2),
         Heat(8, 16, every, times, rounds=3, steps=1),
+        Heat(4, 16, zero, longer, rounds=3, steps=1),
     ]
 
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from hf_speed.config import Memory, env, load_config
 from hf_speed.engine import Engine, engine_of, planning
+from hf_speed.engine.assemble import make_mesh
+from hf_speed.engine.division import divide
 from hf_speed.engine.report import free_disk_bytes, memory_of_machine
 from hf_speed.errors import ConfigError
 from tests.engine.toys import toy_model
@@ -72,9 +74,17 @@ def _plan_with_memory_of_rank(num_bytes: list[int], path: str | None) -> tuple[i
     try:
         if path is not None and rank == 1:
             planning.memory_of_machine = before
-        tree = {"offload": {"paths": [path]}} if path is not None else {}
+        config = load_config({"offload": {"paths": [path]}} if path is not None else {})
+        model = toy_model("llama")
+        division = divide(model, config, make_mesh(config, CPU), slice_planner=None)
         resolved = planning.plan(
-            toy_model("llama"), load_config(tree), compute_dtype=None, device=CPU
+            model,
+            config,
+            compute_dtype=None,
+            device=CPU,
+            catalogue=division.catalogue,
+            names=division.names,
+            blocks=division.blocks,
         )
     finally:
         planning.memory_of_machine = before

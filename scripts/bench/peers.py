@@ -37,6 +37,8 @@ class System(NamedTuple):
     """(batch, length) ids -> the loss, 0-d."""
     update: Callable[[], None]
     """Step the optimizer and clear the gradients."""
+    optimizer: Optimizer | None = None
+    """Where it is the user's own object, as the model is."""
 
 
 def _adamw(model: nn.Module) -> AdamW:
@@ -62,7 +64,7 @@ def _torch_system(model: nn.Module, optimizer: Optimizer, device: str, autocast:
         optimizer.step()
         optimizer.zero_grad()
 
-    return System(model, backward, update)
+    return System(model, backward, update, optimizer)
 
 
 def plain(shape: Shape, dtype: str, device: str) -> System:
@@ -155,12 +157,15 @@ def ours(
     stage: int,
     accumulate_same: bool = False,
     offload: Offload | None = None,
+    checkpoint: dict[str, object] | None = None,
 ) -> System:
-    """hf_speed at a ZeRO stage, defaults otherwise."""
+    """hf_speed at a ZeRO stage, defaults otherwise; `checkpoint` is that part of its config."""
     from hf_speed.config import load_config
     from hf_speed.engine import Engine
 
     config: dict[str, dict[str, object]] = {"zero": {"stage": stage}}
+    if checkpoint is not None:
+        config["checkpoint"] = checkpoint
     if accumulate_same:
         config["precision"] = {"accumulate_dtype": "same"}
     if offload is not None:

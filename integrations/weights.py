@@ -26,7 +26,7 @@ from hf_speed.checkpoint.verify import verify_weights
 from hf_speed.engine import Engine
 from hf_speed.engine.buffers import full_buffers, persistent_buffers
 from hf_speed.engine.rng import load_rng, share_rng
-from hf_speed.engine.saved_run import MESH
+from hf_speed.engine.saved_run import MESH, masters_in_files
 from hf_speed.errors import CheckpointError
 from hf_speed.integrations.transformers.hub import (
     Stored,
@@ -192,6 +192,14 @@ def has_engine_state(directory: str) -> bool:
     return (Path(directory) / MANIFEST_PATH).is_file()
 
 
+def full_dtype(directory: str) -> torch.dtype | None:
+    """The dtype of a checkpoint's weights where they are its only masters; None where not."""
+    if not has_engine_state(directory):
+        return None
+    with StateReader(directory) as reader:
+        return masters_in_files(reader.meta, reader.where)
+
+
 def restore_rng(engine: Engine, directory: str) -> None:
     """On another mesh than that of a checkpoint, random states by batch. Collective.
 
@@ -261,6 +269,7 @@ def load_weights(engine: Engine, directory: str) -> None:
     """Put a Hub model's weights into an engine, each rank reading what it holds. Collective.
 
     Masters that the checkpoint keeps beside them win: they have the bits that 16-bit files lack.
+    Files in the masters' own dtype hold them bit for bit, and none are kept beside those.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
@@ -276,7 +285,8 @@ def load_weights(engine: Engine, directory: str) -> None:
                 buffer.copy_(value.view(buffer.shape))
     elif isinstance(model, PreTrainedModel):
         # Fused experts and the like: transformers converts.
-        load_whole(engine, directory, dtype=file_dtype(engine) or engine.config.param_dtype)
+        dtype = full_dtype(directory) or file_dtype(engine) or engine.config.param_dtype
+        load_whole(engine, directory, dtype=dtype)
     if has_engine_state(directory):
         with StateReader(directory) as reader:
             engine.load_parameters(

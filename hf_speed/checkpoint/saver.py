@@ -19,12 +19,13 @@ The thread is no daemon: the interpreter ends after it. It lives for the jobs at
 import threading
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from hf_speed.checkpoint.staging import agreed
-from hf_speed.checkpoint.written import WrittenFiles
+from hf_speed.checkpoint.written import FullWeights, WrittenFiles
 from hf_speed.errors import CheckpointError, HfSpeedError
 from hf_speed.logs import get_logger
 from hf_speed.mesh import AxisGroup
@@ -48,6 +49,8 @@ class Save:
         self.has_failed = False
         self.written = WrittenFiles()
         """Checksums of the model's files, from the job that writes them to that of the manifest."""
+        self.full_weights: dict[Path, FullWeights] = {}
+        """Directory -> what need not be stored there again, as the writer of the model says."""
         self._saver = saver
 
     @property

@@ -9,7 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from hf_speed.checkpoint.digest import FileRecord
+
+
+class FullWeights(NamedTuple):
+    """That a model's files hold what the optimizer updates, bit for bit, and not a cast of it.
+
+    Then masters need not be stored again beside them.
+
+    Attributes:
+        dtype: of the floating-point weights in the files.
+        names: of the parameters that the files hold.
+    """
+
+    dtype: torch.dtype
+    names: frozenset[str]
+
+    def holds(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the files hold the master of a parameter, which has this dtype."""
+        return name in self.names and dtype == self.dtype
 
 
 class _Stamp(NamedTuple):

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from hf_speed.checkpoint.header import DTYPE_CODES
 from hf_speed.checkpoint.strict_json import expect, expect_count, expect_sizes
 from hf_speed.errors import CheckpointError
 from hf_speed.mesh.axes import AXES, Axis
@@ -23,6 +25,9 @@ LOSS_SCALE = "loss_scale"
 
 PARAMETER_SHAPES = "parameters"
 """Whole shapes of what is trained."""
+
+MASTERS_IN_FILES = "masters_in_files"
+"""The dtype in which the Hub files hold the masters that are not stored beside them, if any."""
 
 _SCALER_KEYS = ("scale", "good_steps", "tolerance")
 
@@ -87,6 +92,28 @@ def saved_mesh(meta: Mapping[str, Any], where: str) -> dict[Axis, int] | None:
     if unknown or any(expect_count(size, where, MESH) < 1 for size in sizes.values()):
         raise CheckpointError(f"{where}: {MESH} is {sizes}, not sizes of the axes {AXES}.")
     return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def masters_in_files(meta: Mapping[str, Any], where: str) -> torch.dtype | None:
+    """The dtype to read the Hub files in to lose no bits; None: masters are stored beside them.
+
+    Raises:
+        CheckpointError: no dtype.
+    """
+    name = meta.get(MASTERS_IN_FILES)
+    if name is None:
+        return None
+    found = {dtype_name(dtype): dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
+    if expect(name, str, where, MASTERS_IN_FILES) not in found:
+        raise CheckpointError(
+            f"{where}: {MASTERS_IN_FILES} is {name!r}, none of {', '.join(found)}."
+        )
+    return found[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_hyperparameter(key: str, value: object, now: object, where: str) -> None:

@@ -1,6 +1,6 @@
 """Between an engine and the `hf_speed/` half of a checkpoint.
 
-Saved: masters where they differ from the weights in the Hub files, the optimizer's tensors and
+Saved: masters where the Hub files do not hold them bit for bit, the optimizer's tensors and
 counters, hyperparameters of its groups, the loss scale, and each rank's RNG. Any mesh reads what
 any other wrote: states are boxes of named whole tensors, of which a rank holds an interval, or an
 interval of its slice. Names and shapes are those of the whole model (`catalogue.py`).
@@ -8,6 +8,7 @@ interval of its slice. Names and shapes are those of the whole model (`catalogue
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from hf_speed.checkpoint.saver import Save
 from hf_speed.checkpoint.snapshot import copy_states
 from hf_speed.checkpoint.staging import agreed
 from hf_speed.checkpoint.writer import LocalState, write_states
+from hf_speed.checkpoint.written import FullWeights
 from hf_speed.engine.assemble import Parts
 from hf_speed.engine.catalogue import Catalogue
 from hf_speed.engine.optimizer_state import (
@@ -32,9 +34,11 @@ from hf_speed.engine.report import package_versions
 from hf_speed.engine.rng import load_rng, rng_state
 from hf_speed.engine.saved_run import (
     LOSS_SCALE,
+    MASTERS_IN_FILES,
     MESH,
     PARAMETER_SHAPES,
     SavedRun,
+    dtype_name,
     saved_run,
 )
 from hf_speed.errors import CheckpointError
@@ -54,13 +58,15 @@ def save_engine(engine: "Engine", directory: str, save: Save) -> None:
         CheckpointError: on every rank, if one cannot write.
     """
     parts = engine.parts
-    states = local_states(parts, engine.optimizer)
+    full = save.full_weights.get(Path(directory))
+    states = local_states(parts, engine.optimizer, full)
+    meta = run_meta(engine) | {MASTERS_IN_FILES: None if full is None else dtype_name(full.dtype)}
     save.submit(
         partial(
             write_states,
             directory,
             copy_states(states) if save.is_behind else states,
-            run_meta(engine),
+            meta,
             world=save.group,
             scalars=optimizer_scalars(parts, engine.optimizer),
             local=rng_state(parts.mesh.device),
@@ -70,25 +76,37 @@ def save_engine(engine: "Engine", directory: str, save: Save) -> None:
     )
 
 
-def local_states(parts: Parts, optimizer: Optimizer | None) -> Iterator[LocalState]:
-    """What this rank has to save: of copies that several ranks hold, the first one's only."""
+def local_states(
+    parts: Parts, optimizer: Optimizer | None, full: FullWeights | None = None
+) -> Iterator[LocalState]:
+    """What this rank has to save: of copies that several ranks hold, the first one's only.
+
+    Args:
+        parts: of the engine.
+        optimizer: bound to it.
+        full: the masters that the model's files beside the state hold, bit for bit.
+    """
     for group in parts.groups:
         if group.axes.replica.rank == 0 and group.trainable:
             with parts.stepper.exposed(group):
                 for holding in holdings([group]):
                     if parts.catalogue.is_counted(holding.slot.name):
-                        yield from _states_of(holding, optimizer, parts.catalogue)
+                        yield from _states_of(holding, optimizer, parts.catalogue, full)
 
 
 def _states_of(
-    holding: Holding, optimizer: Optimizer | None, catalogue: Catalogue
+    holding: Holding,
+    optimizer: Optimizer | None,
+    catalogue: Catalogue,
+    full: FullWeights | None,
 ) -> Iterator[LocalState]:
     group, slot, piece, slot_piece = holding
     record = catalogue.record(slot.name)
     values: dict[str, Tensor] = {}
     if optimizer is not None:
         values |= optimizer_tensors(optimizer, holding, sliced=record.slicing is not None)
-    if group.dtypes.master != group.dtypes.compute:
+    is_stored = full is not None and full.holds(record.name, group.dtypes.master)
+    if group.dtypes.master != group.dtypes.compute and not is_stored:
         values[MASTER] = piece.detach()
     for kind, value in sorted(values.items()):
         flat = value.detach().reshape(-1)

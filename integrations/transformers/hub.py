@@ -34,6 +34,7 @@ from hf_speed.checkpoint import (
 )
 from hf_speed.checkpoint.saver import Save
 from hf_speed.checkpoint.snapshot import copy_parameters
+from hf_speed.checkpoint.written import FullWeights
 from hf_speed.engine.buffers import persistent_buffers
 from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
@@ -109,7 +110,8 @@ def save_hub_model(
         save: that this is a part of.
         buffers: likewise of every persistent buffer; None: those of `model`.
         max_shard_bytes: largest file, except that a tensor is never cut.
-        dtype: of floating-point weights in the files; None: as in the model.
+        dtype: of floating-point weights in the files, if that is the one that the optimizer
+            updates them in and `parameters` yields them in; None: as in the model.
         tensors: of the whole model, where a rank has only some; None: those of `model`.
 
     Raises:
@@ -120,6 +122,8 @@ def save_hub_model(
     if save.is_behind:
         values = copy_parameters(values, plan, world=save.group)
     extras = HubConfigs(model, plan).write
+    if dtype is not None:
+        save.full_weights[Path(directory)] = FullWeights(dtype, _names_in_files(plan))
     save.submit(
         partial(
             write_model,
@@ -131,6 +135,12 @@ def save_hub_model(
             written=save.written,
         )
     )
+
+
+def _names_in_files(plan: ModelPlan) -> frozenset[str]:
+    """Every name of every parameter that the files hold; some that transformers ignores are not."""
+    kept = {source for group in plan.groups if group.targets for source in group.sources}
+    return frozenset(kept | {alias for alias, name in plan.aliases.items() if name in kept})
 
 
 def plan_hub_model(

@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 
+from hf_speed.checkpoint.stores import Store
 from hf_speed.config import env
 from hf_speed.config.tree import SpeedConfig
 from hf_speed.engine import Engine, engine_of
@@ -42,7 +43,7 @@ from hf_speed.integrations.accelerate.refusals import (
     refuse_what_has_no_effect,
 )
 from hf_speed.integrations.accelerate.scheduler import SpeedScheduler
-from hf_speed.integrations.accelerate.state import engines_load, engines_save
+from hf_speed.integrations.accelerate.state import StatefulAccelerator
 from hf_speed.integrations.carrier import SpeedConfigLike, carried_config
 from hf_speed.integrations.transformers.loading import attach
 from hf_speed.integrations.transformers.saving import wrap_save
@@ -52,7 +53,7 @@ _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What working parameters are cast to; "no": each keeps its own dtype."""
 
 
-class Accelerator(accelerate.Accelerator):
+class Accelerator(StatefulAccelerator):
     """accelerate.Accelerator that shards models, gradients and optimizers as `hf_speed` says.
 
     Args:
@@ -96,12 +97,15 @@ class Accelerator(accelerate.Accelerator):
         self.compute_dtype = (
             _COMPUTE_DTYPES.get(self.mixed_precision) if config is not None else None
         )
-        self.state_weights: list[tuple[Engine, dict[str, Any]]] | None = None
+        self.state_weights = None
         self._batches: BatchMesh | None = None
         if config is None:
             return
         env.check_promised_world()
         refuse_what_has_no_effect(self)
+        if config.checkpoint.mirror is not None:
+            # A missing backend should not cost the steps until the first save.
+            Store(config.checkpoint.mirror)
         self._batches = BatchMesh(config, self.device)
         # The engine scales the loss, and agrees on overflow over the ranks that share a shard.
         self.scaler = None
@@ -109,12 +113,6 @@ class Accelerator(accelerate.Accelerator):
             # accelerate computes fp16 on a CPU without autocast; with it, CPU and GPU run the same
             # casts.
             self.native_amp = True
-
-    @property
-    def engines(self) -> list[Engine]:
-        """The engines of the models prepared so far, in the order of prepare."""
-        found = (engine_of(model) for model in self._models)
-        return [engine for engine in found if engine is not None]
 
     # ---- prepare ----
 
@@ -433,31 +431,6 @@ class Accelerator(accelerate.Accelerator):
             max_shard_bytes = convert_file_size_to_int(max_shard_size)
             write_model(engine, os.fspath(save_directory), max_shard_bytes=max_shard_bytes)
         self.wait_for_everyone()
-
-    def save_state(
-        self,
-        output_dir: str | None = None,
-        safe_serialization: bool = True,  # noqa: FBT001, FBT002 - accelerate's signature
-        **save_model_func_kwargs: Any,
-    ) -> Any:
-        """As accelerate's; each engine writes its shards in parallel. Collective."""
-        if not self.engines:
-            return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
-        with engines_save(self):
-            return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
-
-    def load_state(
-        self,
-        input_dir: str | None = None,
-        load_kwargs: dict[str, Any] | None = None,
-        **load_model_func_kwargs: Any,
-    ) -> None:
-        """As accelerate's; each engine reads its shards, of any world. Collective."""
-        if not self.engines:
-            super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
-            return
-        with engines_load(self):
-            super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
 
 
 def _check_whole(engine: Engine, model: nn.Module) -> None:

@@ -8,15 +8,15 @@ has trainer_state.json, and none of what is written between.
 import re
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_speed.checkpoint.latest import newest_whole
 from hf_speed.checkpoint.reader import read_manifest
-from hf_speed.errors import CheckpointError, ConfigError, HfSpeedError
+from hf_speed.errors import CheckpointError, ConfigError
 from hf_speed.integrations.weights import has_engine_state
-from hf_speed.logs import get_logger
-
-_log = get_logger(__name__)
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -53,22 +53,38 @@ def require_resumable(checkpoint: str) -> None:
         )
 
 
-def last_whole_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint of a run that can be resumed; None where there is none.
-
-    Newer ones whose save was cut short are named in a warning.
-    """
-    home = Path(output_dir)
-    numbered = {
-        int(match[1]): path
-        for path in (home.iterdir() if home.is_dir() else ())
+def checkpoints_of(root: Path) -> list[Path]:
+    """The checkpoints in a run's directory, whole or not, in the order in which they were made."""
+    numbered = [
+        (path.stat().st_mtime_ns, int(match[1]), path)
+        for path in (root.iterdir() if root.is_dir() else ())
         if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
-    }
-    for step in sorted(numbered, reverse=True):
+    ]
+    return [path for _, _, path in sorted(numbered)]
+
+
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """The checkpoint that a run goes on from; None where there is none. Collective.
+
+    The one that `latest` names, or else the newest that can be resumed, as process 0 sees them:
+    others may see a shared directory later. Those passed over are named in a warning.
+
+    Raises:
+        CheckpointError: on every process; the directory cannot be read.
+    """
+    found: list[str | None] = [None, None]
+    if PartialState().is_main_process:
         try:
-            require_resumable(str(numbered[step]))
-        except HfSpeedError as error:
-            _log.warning("%s is passed over: %s", numbered[step], error)
-            continue
-        return str(numbered[step])
-    return None
+            found[0] = _last_whole(Path(output_dir))
+        except OSError as error:
+            found[1] = f"The checkpoints in {output_dir} cannot be looked through: {error}."
+    name, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return name
+
+
+def _last_whole(root: Path) -> str | None:
+    by_step = sorted(checkpoints_of(root), key=lambda path: int(path.name.rpartition("-")[2]))
+    newest = newest_whole(root, by_step, require_whole=lambda path: require_resumable(str(path)))
+    return None if newest is None else str(newest)

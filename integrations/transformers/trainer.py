@@ -21,22 +21,36 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_speed.checkpoint import agreed
+from hf_speed.checkpoint.stores import is_url
 from hf_speed.engine import Engine, engine_of
 from hf_speed.errors import ConfigError
 from hf_speed.integrations import weights
 from hf_speed.integrations.accelerate import Accelerator
+from hf_speed.integrations.accelerate.scheduler import OwnRates
+from hf_speed.integrations.hub.notes import notes_of
+from hf_speed.integrations.remote import fetch_checkpoint, has_checkpoint
 from hf_speed.integrations.transformers.arguments import config_of
+from hf_speed.integrations.transformers.checkpoints import (
+    RunningCheckpoint,
+    correct_latest,
+    finish,
+    running_checkpoint,
+    whole_arguments,
+)
 from hf_speed.integrations.transformers.loading import sliced_loading, slices_wanted
 from hf_speed.integrations.transformers.metrics import StepMeter
+from hf_speed.integrations.transformers.position import PositionedTrainer
 from hf_speed.integrations.transformers.resume import last_whole_checkpoint, require_resumable
 
 
-class HfSpeedTrainerMixin(transformers.Trainer):
+class HfSpeedTrainerMixin(PositionedTrainer):
     """What hf_speed adds to a Trainer class; see `integrate_trainer`."""
 
     _meter: StepMeter | None = None
+    _running: RunningCheckpoint | None = None
 
     # ---- set-up ----
 
@@ -83,6 +97,8 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         if self.is_hf_speed_enabled and self._meter is None:
             self._meter = StepMeter(self)
             self.add_callback(self._meter)
+        if self.speed_engine is not None:
+            self.speed_engine.notes |= notes_of(self)
         return prepared
 
     @property
@@ -120,6 +136,7 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         """
         previous = self.speed_engine if isinstance(self.model, nn.Module) else None
         if previous is not None:
+            previous.saves.wait()
             previous.mesh.close()
         config = (
             self.accelerator.hf_speed_config if isinstance(self.accelerator, Accelerator) else None
@@ -133,7 +150,10 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As the base class does; `True` resumes the newest checkpoint that is whole.
+        """As the base class does; `True` resumes what `latest` names, or the newest whole one.
+
+        An address, as in "s3://bucket/run", is downloaded first; so is the newest checkpoint of
+        `checkpoint.mirror` where `True` finds none in output_dir.
 
         Raises:
             CheckpointError: the save of the checkpoint was cut short, or it is damaged.
@@ -141,13 +161,28 @@ class HfSpeedTrainerMixin(transformers.Trainer):
                 computed where the model's parts are not.
         """
         self._check_loss()
-        if self.is_hf_speed_enabled and resume_from_checkpoint is True:
-            found = last_whole_checkpoint(str(self.args.output_dir))
-            # None: the base class says that there is none.
-            resume_from_checkpoint = True if found is None else found
-        if self.is_hf_speed_enabled and isinstance(resume_from_checkpoint, str):
-            require_resumable(resume_from_checkpoint)
+        config = config_of(self.args)
+        if config is not None:
+            resume_from_checkpoint = self._local_checkpoint(
+                asked=resume_from_checkpoint, mirror=config.checkpoint.mirror
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _local_checkpoint(
+        self, *, asked: str | bool | None, mirror: str | None
+    ) -> str | bool | None:
+        """The directory to resume from; what was asked for where there is none. Collective."""
+        root = Path(str(self.args.output_dir))
+        if asked is True:
+            found = last_whole_checkpoint(str(root))
+            if found is None and mirror is not None and has_checkpoint(mirror):
+                found = mirror
+            # None: the base class says that there is none.
+            asked = True if found is None else found
+        if isinstance(asked, str):
+            asked = fetch_checkpoint(asked, root) if is_url(asked) else asked
+            require_resumable(asked)
+        return asked
 
     # ---- ranks of one batch ----
 
@@ -276,17 +311,65 @@ class HfSpeedTrainerMixin(transformers.Trainer):
 
     # ---- checkpoints ----
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the base class does; older ones go when the new one is whole. Collective."""
+        engine = self.speed_engine
+        if engine is None:
+            super()._save_checkpoint(model, trial)
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        directory = Path(self._get_output_dir(trial=trial)) / name
+        with running_checkpoint(self.args, engine, directory) as running:
+            self._running = running
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._running = None
+        finish(running, directory, best=self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the base class does, when the files are there."""
+        if self.speed_engine is not None:
+            self.speed_engine.saves.wait()
+        with whole_arguments(self.args, self._running):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does, after the last save.
+
+        Raises:
+            CheckpointError: on every rank; that save has failed.
+        """
+        if self.speed_engine is not None:
+            self.speed_engine.saves.wait()
+        output = super()._finalize_training(*args, **kwargs)
+        if self.speed_engine is not None and self.is_world_process_zero():
+            # At the end the base class may leave the best checkpoint alone.
+            correct_latest(Path(self.args.output_dir), self.state.best_model_checkpoint)
+        return output
+
     def save_model(
         self,
         output_dir: str | None = None,
         _internal_call: bool = False,  # noqa: FBT001, FBT002 - the Trainer's signature
     ) -> None:
-        """Write a Hub model, every rank its own files. Collective."""
+        """Write a Hub model, every rank its own files. Collective.
+
+        As a part of a checkpoint it may be written behind the training; otherwise it is there on
+        return.
+        """
         engine = self.speed_engine
         if engine is None:
             super().save_model(output_dir, _internal_call)
             return
         home = str(output_dir if output_dir is not None else self.args.output_dir)
+        with whole_arguments(self.args, self._running):
+            self._write_model(engine, home)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, engine: Engine, home: str) -> None:
+        """The weights and what belongs to them."""
         if weights.is_peft(engine.model) or not isinstance(self.model, PreTrainedModel):
             gather = (
                 weights.adapter_state if weights.is_peft(engine.model) else weights.full_state_dict
@@ -294,18 +377,19 @@ class HfSpeedTrainerMixin(transformers.Trainer):
             # The base class knows the layouts of PEFT and of bare modules; ranks that do not write
             # return at once.
             state = gather(engine)
+            engine.saves.wait()
             with agreed(engine.mesh.world, f"Saving the model to {home}"):
                 self._save(home, state_dict=state)
         else:
-            weights.write_model(engine, home)
+            save = None if self._running is None else self._running.save
+            weights.write_model(engine, home, save=save)
             with agreed(engine.mesh.world, f"Saving what belongs to the model to {home}"):
                 if self.args.should_save:
                     self._save_companions(home)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_companions(self, output_dir: str) -> None:
         """What a Trainer puts beside the weights: the tokenizer and the arguments."""
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None:
             processor.save_pretrained(output_dir)
@@ -317,7 +401,7 @@ class HfSpeedTrainerMixin(transformers.Trainer):
         if engine is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        engine.save(output_dir)
+        engine.save(output_dir, save=None if self._running is None else self._running.save)
         with agreed(engine.mesh.world, f"Saving the scheduler to {output_dir}"):
             if self.args.should_save and self.lr_scheduler is not None:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -340,11 +424,13 @@ class HfSpeedTrainerMixin(transformers.Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         weights.load_model(engine, checkpoint)
-        if weights.has_engine_state(checkpoint):
-            engine.load(checkpoint)
+        change = engine.load(checkpoint) if weights.has_engine_state(checkpoint) else None
         scheduler = Path(checkpoint) / SCHEDULER_NAME
         if scheduler.is_file() and self.lr_scheduler is not None:
+            own = OwnRates([self.lr_scheduler])
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+            if change is not None and change.has_own_rates:
+                own.restore([engine.optimizer])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As the base class does; on another mesh the ranks of one batch go on alike.

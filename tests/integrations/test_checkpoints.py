@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import hf_speed
+from hf_speed.checkpoint.latest import read_latest
 from hf_speed.errors import CheckpointError, ConfigError, HfSpeedError
 from tests.integrations.toys import arguments, curve, examples, flat, llama, stage, trainer
 from tests.support import RankError, run_ranks
@@ -106,6 +107,7 @@ def _best(directory: str, config: Any) -> dict[str, Any]:
         "now": made.evaluate()["eval_loss"],
         "step": made.state.best_global_step,
         "files": sorted(each.name for each in Path(directory).glob("checkpoint-*")),
+        "latest": read_latest(directory),
         "curve": curve(made),
     }
 
@@ -125,6 +127,7 @@ def test_best_model_comes_back_and_save_total_limit_holds(tmp_path: Path) -> Non
     for each in stages:
         assert each["step"] == stock["step"]
         assert each["files"] == stock["files"]
+        assert each["latest"].name in each["files"]
         assert each["now"] == pytest.approx(each["best"], rel=1e-6)
         torch.testing.assert_close(flat(each["curve"]), flat(stock["curve"]), rtol=1e-4, atol=0)
 

@@ -112,8 +112,8 @@ def _introduction(facts: CardFacts) -> str:
     names = architectures if isinstance(architectures, list) else []
     kind = f"A {_text(names[0])}" if names else "A model"
     return (
-        f"{kind}, trained with [hf_speed](https://pypi.org/project/hf-speed/). This card was made "
-        "from what the run recorded: say here what the model is for, and where it fails."
+        f"{kind}, trained with hf_speed. This card was made from what the run recorded: say here "
+        "what the model is for, and where it fails."
     )
 
 

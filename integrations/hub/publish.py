@@ -30,6 +30,7 @@ from hf_speed.checkpoint.export import (
 from hf_speed.checkpoint.export import export as export_directory
 from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME, ModelPlan
 from hf_speed.checkpoint.remote import localized
+from hf_speed.checkpoint.saver import Saver
 from hf_speed.checkpoint.staging import agreed
 from hf_speed.checkpoint.stores import is_url
 from hf_speed.engine import Engine, engine_of
@@ -102,6 +103,11 @@ def export(
     if push_to_hub:
         target = HubTarget(
             _repo_id(dst), revision, private, commit_message or "Upload model trained with hf_speed"
+        )
+    elif is_url(str(dst)):
+        raise ConfigError(
+            f"export: dst={str(dst)!r} is an address. Export to a directory and copy that, or to "
+            f"the Hub with push_to_hub=True and a name as in 'my-org/my-model'."
         )
     elif (revision, private, commit_message) != (None, None, None):
         raise ConfigError(
@@ -219,11 +225,12 @@ def _agree_on_staging(
 def _write_live(
     model: nn.Module, engine: Engine | None, staging: Path, options: ExportOptions
 ) -> None:
-    """Weights and configs, from all ranks."""
+    """Weights and configs, from all ranks. Collective."""
     # Here, not at the top: it imports all of transformers, which an export of files does not need.
     from hf_speed.integrations import weights
     from hf_speed.integrations.transformers.hub import save_hub_model
 
+    what = f"Exporting {type(model).__name__}"
     limit = options.max_shard_bytes or DEFAULT_SHARD_BYTES
     if weights.is_peft(model):
         if not options.is_copy:
@@ -238,16 +245,15 @@ def _write_live(
             peft.save_pretrained(str(staging))
     elif engine is None:
         values = ((name, value.detach()) for name, value in model.named_parameters())
-        save_hub_model(
-            model, staging, values, world=IDENTITY, max_shard_bytes=limit, dtype=options.cast
-        )
+        save = Saver(IDENTITY, is_behind=False).begin(what)
+        save_hub_model(model, staging, values, save=save, max_shard_bytes=limit, dtype=options.cast)
     else:
         dtype = options.cast or weights.file_dtype(engine)
         save_hub_model(
             model,
             staging,
             engine.full_parameters(master=dtype is not None),
-            world=engine.mesh.world,
+            save=engine.saves.at_once(what),
             buffers=weights.full_buffers(engine),
             max_shard_bytes=options.max_shard_bytes or engine.config.max_shard_bytes,
             dtype=dtype,
@@ -339,11 +345,9 @@ def push(directory: Path, target: HubTarget, *, has_made_card: bool) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(target: HubTarget) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
     try:
         yield
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # The client raises a dozen kinds, some of them httpx's.
         raise CheckpointError(
             f"The Hub did not take {target.repo_id}: {error}. Log in with `hf auth login` or set "
             f"HF_TOKEN to a token that may write there; nothing was committed."

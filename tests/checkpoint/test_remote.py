@@ -45,7 +45,7 @@ def checkpoint(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")
     state = LocalState("weight", "master", (64,), 0, 64, VALUES)
-    write_states(directory, [state], {"stage": 3}, world=IDENTITY)
+    write_states(directory, [state], {"name": directory.name}, world=IDENTITY)
     (directory / "trainer_state.json").write_text('{"global_step": 7}')
     (directory / ".hidden").write_text("")
     return directory

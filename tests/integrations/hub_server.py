@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
@@ -56,7 +57,7 @@ class HubServer:
         """As in HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._http.server_port}"
 
-    def environment(self, cache: str, token: str = TOKEN) -> dict[str, str]:
+    def environment(self, cache: Path) -> dict[str, str]:
         """What makes huggingface_hub talk to this server; read when it is imported."""
         return {
             "HF_ENDPOINT": self.endpoint,
@@ -64,8 +65,8 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HOME": cache,
-            "HF_TOKEN": token,
+            "HF_HOME": str(cache),
+            "HF_TOKEN": TOKEN,
         }
 
     def __enter__(self) -> Self:

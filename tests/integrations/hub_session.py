@@ -5,6 +5,7 @@ talks to the server of the tests. Prints what it saw as JSON.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def session(checkpoint: str, scratch: str) -> dict[str, Any]:
         return all(torch.equal(found[name], value) for name, value in stored.named_parameters())
 
     done = hf_speed.export(
-        checkpoint, NAME, max_shard_size="60KB", push_to_hub=True, private=True, commit_message="1"
+        checkpoint, NAME, max_shard_size="20KB", push_to_hub=True, private=True, commit_message="1"
     )
     saw["first"] = [done.directory, done.url, list(done.files)]
     saw["first is the model"] = loaded()
@@ -55,13 +56,17 @@ def session(checkpoint: str, scratch: str) -> dict[str, Any]:
 
 def refused(checkpoint: str) -> str:
     """What is said where the token may not write."""
+    token = os.environ["HF_TOKEN"]
+    os.environ["HF_TOKEN"] = "hf_wrong"
     try:
         hf_speed.export(checkpoint, NAME, push_to_hub=True)
     except CheckpointError as error:
         return str(error)
+    finally:
+        os.environ["HF_TOKEN"] = token
     return "it was taken"
 
 
 if __name__ == "__main__":
-    kind, *arguments = sys.argv[1:]
-    sys.stdout.write(json.dumps({"session": session, "refused": refused}[kind](*arguments)))
+    before = refused(sys.argv[1])
+    sys.stdout.write(json.dumps({"refused": before, **session(*sys.argv[1:])}))

@@ -33,7 +33,7 @@ from hf_speed.errors import CheckpointError, ConfigError
 from hf_speed.integrations.accelerate.optimizer import SpeedOptimizer
 from hf_speed.integrations.accelerate.scheduler import OwnRates
 from hf_speed.integrations.remote import fetched, shared_scratch, started_world
-from hf_speed.integrations.weights import load_model, restore_rng, write_model
+from hf_speed.integrations.weights import full_dtype, load_model, restore_rng, write_model
 from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.collectives import broadcast_object
 
@@ -336,8 +336,10 @@ def engines_load(accelerator: StatefulAccelerator) -> Iterator[None]:
 
     def hook(models: list[nn.Module], directory: str) -> None:
         for engine, home in _directories(accelerator, directory):
-            # A hook of the user's that loaded a model itself has taken it out of the list.
-            if any(engine_of(model) is engine for model in models):
+            # A hook of the user's that loaded a model itself has taken it out of the list. The
+            # masters are read all the same, and may lie in the model's files.
+            is_ours = any(engine_of(model) is engine for model in models)
+            if is_ours or full_dtype(home) is not None:
                 load_model(engine, home)
             change = engine.load(home)
             if change is not None and change.has_own_rates:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small Llama from scratch on the text of this machine's Python standard library: ZeRO-3 on 2 processes,
-# saved, resumed, exported, reloaded with plain transformers. Sets up .venv first. Every number is measured here.
+# saved, resumed on 2 and on 1, exported, reloaded with plain transformers. Sets up .venv first. Every number is
+# measured here.
 #
 #   bash scripts/quickstart.sh [OUT]      OUT: where results go, default out/quickstart; an earlier one's are removed
 #
@@ -59,6 +60,17 @@ say "Training: ZeRO-3 on 2 processes, $steps steps"
 say "Resuming from checkpoint-$resume_at, in new processes"
 "${launch[@]}" "$recipe/train.py" "${train[@]}" --hf_speed "$recipe/zero3.yaml" \
     --output_dir "$out/resumed" --resume_from_checkpoint "$out/run/checkpoint-$resume_at"
+
+say "Resuming from checkpoint-$resume_at on 1 process, with twice its batch"
+# One GPU, where there are several: the Trainer of a single process would use them all.
+if [ "$gpus" -ge 2 ]; then
+    alone=(env CUDA_VISIBLE_DEVICES=0)
+else
+    alone=(env OMP_NUM_THREADS="$((OMP_NUM_THREADS * 2))")
+fi
+"${alone[@]}" python "$recipe/train.py" "${train[@]}" --per_device_train_batch_size 8 --per_device_eval_batch_size 16 \
+    --hf_speed "$recipe/zero3.yaml" --output_dir "$out/resumed_on_1" \
+    --resume_from_checkpoint "$out/run/checkpoint-$resume_at"
 
 say "What was measured"
 python "$recipe/report.py" --out "$out" --resumed-at "$resume_at"

@@ -67,7 +67,7 @@ PLACES = {
     "pp2": Place(2, stage(1, mesh={"pp": 2})),
     "tp2, disk": Place(2, stage(3, mesh={"tp": 2}, offload=DISK)),
     "hybrid4": Place(4, stage(3, mesh={"dp_replicate": 2, "dp_shard": 2})),
-    "shard4, bf16": Place(4, stage(2), bf16=True),
+    "shard4, bf16, disk": Place(4, stage(2, offload=DISK), bf16=True),
     "pp2 tp2": Place(4, stage(0, mesh={"pp": 2, "tp": 2})),
     "pp2 shard2": Place(4, stage(3, mesh={"pp": 2})),
     "tp2 shard2, host": Place(4, stage(2, mesh={"tp": 2}, offload=HOST)),
@@ -92,8 +92,8 @@ MOVES = [
     ("one", "hybrid4"),
     ("hybrid4", "shard2"),
     ("shard2, bf16, host", "one, bf16"),
-    ("one, bf16", "shard4, bf16"),
-    ("shard4, bf16", "shard2, bf16"),
+    ("one, bf16", "shard4, bf16, disk"),
+    ("shard4, bf16, disk", "shard2, bf16"),
     # Other axes.
     ("one", "pp2"),
     ("pp2", "replicate2"),
@@ -108,7 +108,7 @@ MOVES = [
     # Other precisions.
     ("shard2", "shard2, bf16"),
     ("shard2, bf16, host", "pp2"),
-    ("pp2 tp2", "shard4, bf16"),
+    ("pp2 tp2", "shard4, bf16, disk"),
 ]
 
 
@@ -267,6 +267,8 @@ def test_a_checkpoint_moves_between_all_meshes_tiers_and_precisions(tmp_path: Pa
         _check(looped.curve, before.curve[:1, :1], rtol or 1e-6, where)
         if source == name:
             _check(trained.curve, before.curve, 0.0, where)
+        # A step later the moments have had their say.
+        _check(trained.curve[:, 0], before.curve[:, 0], 2**-7 if narrow else 2e-5, where)
         if place.num_batches == 1:
             # Ranks of one batch go on with one random state.
             assert len({rank[0].draw for rank in ranks}) == 1, where

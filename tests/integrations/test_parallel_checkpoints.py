@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_speed
 from hf_speed.errors import ShardedParameterError
-from tests.integrations.toys import curve, flat, llama, stage, trainer
+from tests.integrations.toys import llama, stage, trainer
 from tests.support import run_ranks
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -19,7 +19,6 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, stage(1)),
     "pp2": (2, {"mesh": {"pp": 2}, "zero": {"stage": 1}}),
     "tp2": (2, {"mesh": {"tp": 2}, "zero": {"stage": 3}}),
-    "dp4": (4, stage(2)),
     "pp2xtp2": (4, {"mesh": {"pp": 2, "tp": 2}, "zero": {"stage": 1}}),
     "pp2xdp2": (4, {"mesh": {"pp": 2}, "zero": {"stage": 3}}),
 }
@@ -35,55 +34,6 @@ def _batch(mesh: str) -> dict[str, int]:
 
 def _model(**options: Any) -> Any:
     return llama(num_hidden_layers=4, **options)
-
-
-def _run(directory: str, mesh: str, options: dict[str, Any], resume: str | None) -> dict[str, Any]:
-    made = trainer(
-        directory,
-        MESHES[mesh][1],
-        model=_model(seed=0 if resume is None else 7, tie_word_embeddings=True),
-        max_steps=6,
-        gradient_accumulation_steps=1,
-        **_batch(mesh),
-        **options,
-    )
-    if resume is None:
-        # Ranks with random states of their own, all of which are saved.
-        torch.rand(1 + 2 * dist.get_rank())
-    made.train(resume_from_checkpoint=resume)
-    made.save_model(f"{directory}/final")
-    draw = torch.rand(()).item()
-    return {"curve": curve(made), "after": made.evaluate()["eval_loss"], "draw": draw}
-
-
-def _saved(directory: str, mesh: str) -> dict[str, Any]:
-    return _run(directory, mesh, {"save_strategy": "steps", "save_steps": 3}, None)
-
-
-def _resumed(directory: str, meshes: list[str], checkpoint: str) -> list[Any]:
-    # Elsewhere, so that nothing is found but what is named.
-    return [_run(f"{directory}/{mesh}", mesh, {}, checkpoint) for mesh in meshes]
-
-
-def test_a_checkpoint_of_any_mesh_resumes_on_any_other(tmp_path: Path) -> None:
-    curves = {}
-    for mesh in ("one", "dp2", "pp2", "pp2xtp2"):
-        home = tmp_path / mesh
-        curves[mesh] = flat(run_ranks(_saved, MESHES[mesh][0], str(home), mesh)[0]["curve"])
-        torch.testing.assert_close(curves[mesh], curves["one"], rtol=2e-5, atol=1e-6)
-    wanted = {"one": ["pp2", "tp2"], "dp2": ["pp2"], "pp2": ["pp2", "dp2"], "pp2xtp2": ["dp4"]}
-    for mesh, others in wanted.items():
-        checkpoint = str(tmp_path / mesh / "checkpoint-3")
-        size = MESHES[others[0]][0]
-        everyone = run_ranks(_resumed, size, str(tmp_path), others, checkpoint)
-        for found in everyone:
-            for place, again in enumerate(found):
-                # Ranks of one batch go on with one random state.
-                if _batch(others[place])["per_device_train_batch_size"] == 4:
-                    assert again["draw"] == everyone[0][place]["draw"]
-                torch.testing.assert_close(
-                    flat(again["curve"])[3:], curves["one"][3:], rtol=2e-5, atol=1e-6
-                )
 
 
 def _hub(directory: str, mesh: str) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_speed.checkpoint.digest import FileRecord, digest_of, tree_digest
+from hf_speed.checkpoint.digest import FileRecord, tree_digest
 from hf_speed.checkpoint.header import DTYPE_CODES, DTYPE_OF_CODE, LENGTH_BYTES
+from hf_speed.checkpoint.output import MIN_DIRECT_BYTES, PAGE_BYTES, OutputFile
 from hf_speed.errors import CheckpointError
 
 __all__ = [
@@ -31,9 +32,6 @@ __all__ = [
     "write_tensors",
     "write_text",
 ]
-
-_WRITE_BYTES = 1 << 30
-"""Linux writes at most 2 GiB per call."""
 
 
 class TensorSpec(NamedTuple):
@@ -66,13 +64,13 @@ class TensorFile:
         self._specs = {spec.name: spec for spec in ordered}
         self._digests: dict[str, str] = {}
         header, self._offsets = _header(ordered)
-        self._header_digest = digest_of(header)
         self.nbytes = len(header) + sum(spec.nbytes for spec in ordered)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._out = OutputFile(path, self.nbytes)
         try:
-            self._write_at(0, memoryview(header))
+            data = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+            self._header_digest = self._out.write(0, data)
         except OSError:
-            os.close(self._descriptor)
+            self._out.close()
             raise
 
     @property
@@ -99,12 +97,8 @@ class TensorFile:
                 f"{self.path.name} expects {spec} where {name} of shape {tuple(value.shape)} and "
                 f"dtype {value.dtype} came."
             )
-        data = memoryview(b"")
-        if spec.nbytes:
-            flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
-            data = flat.numpy().data
-        self._digests[name] = digest_of(data)
-        self._write_at(self._offsets[name], data)
+        data = value.detach().contiguous().reshape(-1)
+        self._digests[name] = self._out.write(self._offsets[name], data.view(torch.uint8))
 
     def close(self) -> None:
         """Force the file to disk and close it.
@@ -117,19 +111,13 @@ class TensorFile:
             if not self.is_full:
                 missing = sorted(self._specs.keys() - self._digests.keys())
                 raise CheckpointError(f"{self.path.name} was closed without {missing[:5]}.")
-            os.fsync(self._descriptor)
+            self._out.sync()
         finally:
-            os.close(self._descriptor)
+            self._out.close()
 
     def abandon(self) -> None:
         """Close without waiting for the disk; the file is of no use."""
-        os.close(self._descriptor)
-
-    def _write_at(self, offset: int, data: memoryview) -> None:
-        while data:
-            done = os.pwrite(self._descriptor, data[:_WRITE_BYTES], offset)
-            offset += done
-            data = data[done:]
+        self._out.close()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -190,6 +178,8 @@ def _header(specs: list[TensorSpec]) -> tuple[bytes, dict[str, int]]:
         begins[spec.name] = begin
         begin += spec.nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # Data that begin on a page are written without a detour (output.py); readers want 8.
+    align = PAGE_BYTES if begin >= MIN_DIRECT_BYTES else 8
+    text += b" " * (-(LENGTH_BYTES + len(text)) % align)
     header = len(text).to_bytes(LENGTH_BYTES, "little") + text
     return header, {name: len(header) + offset for name, offset in begins.items()}

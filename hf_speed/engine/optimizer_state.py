@@ -108,10 +108,12 @@ def optimizer_tensors(
 def optimizer_scalars(parts: Parts, optimizer: Optimizer | None) -> dict[str, dict[str, Scalar]]:
     """Counters of this rank's pieces, by the parameter's name."""
     found: dict[str, dict[str, Scalar]] = {}
-    for _, slot, piece, _ in () if optimizer is None else holdings(parts.groups):
+    if optimizer is None:
+        return found
+    for _, slot, piece, _ in holdings(parts.groups):
         scalars = scalar_states(optimizer, piece)
         if scalars:
-            found[parts.catalogue.record(slot.name).name] = scalars
+            found[parts.catalogue.record(slot.name).name] = dict(scalars)
     return found
 
 
@@ -209,7 +211,7 @@ class OptimizerLoader:
     def _tensor(self, holding: Holding, record: ParameterRecord, kind: str, tp_rank: int) -> Tensor:
         """One stored tensor, in the shape that the optimizer keeps it in."""
         reader, name, place = self._reader, record.name, holding.slot_piece
-        shape = reader.shape(name, kind)
+        shape = reader.shape(name, kind) or ()
         if shape == record.shape:
             value = reader.read(
                 name, kind, place.start, place.numel, slicing=record.slicing, tp_rank=tp_rank
@@ -219,7 +221,7 @@ class OptimizerLoader:
             self._check_own_shape(holding, record, kind, shape)
             value = reader.read(name, kind, 0, prod(shape))
         if value is None:
-            raise CheckpointError(f"{reader.where} lists no {kind} of {name}.")
+            raise KeyError((name, kind))
         return value.view(shape)
 
     def _check_own_shape(

@@ -12,7 +12,7 @@ how many passes over the data were completed, and how many samples of the one af
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -54,12 +54,13 @@ class DataPosition(NamedTuple):
         value = notes.get(NOTE) if isinstance(notes, Mapping) else None
         if value is None:
             return None
-        found = [value.get(key) for key in cls._fields] if isinstance(value, Mapping) else [None]
-        if not all(type(each) is int and 0 <= each < 1 << 62 for each in found) or found[2] == 0:
+        found = value if isinstance(value, Mapping) else {}
+        counts = [each for each in map(found.get, cls._fields) if _is_count(each)]
+        if len(counts) < len(cls._fields) or counts[2] == 0:
             raise CheckpointError(
                 f"{where}: notes.{NOTE} is {value!r}, not counts of {', '.join(cls._fields)}."
             )
-        return cls(*found)
+        return cls(*counts)
 
 
 class Start(NamedTuple):
@@ -243,6 +244,10 @@ class PositionedTrainer(transformers.Trainer):
             )
             engine.notes[NOTE] = position._asdict()
         super()._save_checkpoint(model, trial)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _is_stream(dataloader: Any) -> bool:

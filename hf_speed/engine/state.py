@@ -185,15 +185,8 @@ def load_engine(engine: "Engine", directory: str) -> OptimizerChange | None:
 
 def _check_model(catalogue: Catalogue, run: SavedRun, reader: StateReader) -> None:
     here = _trainable(catalogue)
-    for name, shape in here.items():
-        if MASTER in reader.kinds(name) and reader.shape(name, MASTER) != shape:
-            raise CheckpointError(
-                f"{reader.directory} is of another model: its {MASTER} of {name} has the shape "
-                f"{reader.shape(name, MASTER)}, the parameter here has {shape}."
-            )
-    if run.shapes is None:
-        return  # Imported weights: what is trained from here on is this run's choice.
-    stored = run.shapes
+    # Imported weights do not say it: what is trained from here on is this run's choice.
+    stored = here if run.shapes is None else run.shapes
     differing = sorted(
         name for name in stored.keys() | here.keys() if stored.get(name) != here.get(name)
     )
@@ -204,6 +197,12 @@ def _check_model(catalogue: Catalogue, run: SavedRun, reader: StateReader) -> No
             f"differ, first {name}: {stored.get(name, 'absent')} there, {here.get(name, 'absent')} "
             f"here. Resume with the model and the trainable parameters that it was saved from."
         )
+    for name, shape in here.items():
+        if MASTER in reader.kinds(name) and reader.shape(name, MASTER) != shape:
+            raise CheckpointError(
+                f"{reader.directory} is of another model: its {MASTER} of {name} has the shape "
+                f"{reader.shape(name, MASTER)}, the parameter here has {shape}."
+            )
 
 
 def _load_holding(

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import hf_speed
 from hf_speed.checkpoint import read_manifest
@@ -52,11 +56,24 @@ def _train(directory: str) -> dict[str, Any]:
     }
     with pytest.raises(CheckpointError, match=r"is not empty; export to a new directory"):
         hf_speed.export(made.model, home / "live")
-    return {
-        "files": exported.files,
-        "masters": masters,
-        "rank": dist.get_rank(),
-    }
+    _save_experts(home)
+    return {"files": exported.files, "masters": masters}
+
+
+def _save_experts(home: Path) -> None:
+    """Mixtral: experts are one tensor in memory, one by one on the Hub. A state, and live."""
+    accelerator = hf_speed.Accelerator(mixed_precision="bf16", hf_speed=stage(3))
+    torch.manual_seed(2)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=2)
+    model = MixtralForCausalLM(config).bfloat16()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    ids = torch.arange(3, 15)[None]
+    accelerator.backward(model(input_ids=ids, labels=ids).loss)
+    optimizer.step()
+    accelerator.save_state(str(home / "experts"))
+    hf_speed.export(model, home / "experts-live", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +114,22 @@ def test_an_export_in_float32_is_the_masters_of_the_checkpoint(
     for name, master in result["masters"].items():
         assert torch.equal(parameters[name], master)
     assert (tmp_path / "wide" / "generation_config.json").is_file()
+
+
+def test_masters_of_fused_experts_are_exported_under_the_names_of_the_hub(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    home, _ = trained
+    hf_speed.export(home / "experts", tmp_path / "wide", "float32", max_shard_size="20KB")
+    wide, live = (
+        MixtralForCausalLM.from_pretrained(each)
+        for each in (tmp_path / "wide", home / "experts-live")
+    )
+    for (name, mine), other in zip(wide.named_parameters(), live.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+        assert not torch.equal(mine, mine.bfloat16().float()), name
+    index = json.loads((tmp_path / "wide" / "model.safetensors.index.json").read_text())
+    assert any("experts.1." in name for name in index["weight_map"])
 
 
 def test_the_card_says_how_it_was_trained(

@@ -5,10 +5,9 @@ are whole tensors, of which each rank may want a little; if each read them whole
 model would be read once for every rank.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from hf_speed.checkpoint.digest import (
     FileRecord,
@@ -18,9 +17,9 @@ from hf_speed.checkpoint.digest import (
     digest_tensors,
     tree_digest,
 )
-from hf_speed.checkpoint.header import Header, Span, read_header
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.reader import read_manifest
+from hf_speed.checkpoint.sources import TensorSource
 from hf_speed.checkpoint.staging import agreed
 from hf_speed.errors import CheckpointError
 from hf_speed.mesh import AxisGroup
@@ -76,35 +75,8 @@ def _verify_share(home: Path, files: Mapping[str, FileRecord], world: AxisGroup)
         before += record.nbytes
 
 
-class OpenFile:
+class OpenFile(TensorSource):
     """A safetensors file that is read to see whether it is what was saved."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the header.
-
-        Raises:
-            CheckpointError: it cannot be opened, or is not a safetensors file.
-        """
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened: {error}.") from error
-        try:
-            self.header: Header = read_header(self._descriptor, str(path))
-        except BaseException as error:
-            os.close(self._descriptor)
-            if isinstance(error, OSError):
-                raise CheckpointError(f"{path} cannot be read: {error}.") from error
-            raise
-
-    def __enter__(self) -> Self:
-        """It is open."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
 
     def digests(self, progress: Progress | None = None) -> FileRecord:
         """Read the whole file, and say what is in it.
@@ -125,7 +97,7 @@ class OpenFile:
         The checksum of the file is that of the header and those of the tensors, which the record
         has.
         """
-        spans: Mapping[str, Span] = self.header.spans
+        spans = self.header.spans
         for name in spans.keys() ^ record.tensors.keys():
             where = "the file has" if name in spans else "the manifest lists"
             return Damage(name, f"only {where} a tensor {name!r}")

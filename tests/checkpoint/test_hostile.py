@@ -10,15 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from hf_speed.checkpoint import StateReader, read_manifest
+from hf_speed.checkpoint import StateReader, read_manifest, write_states
 from hf_speed.checkpoint.digest import digest_file
 from hf_speed.checkpoint.header import MAX_HEADER_BYTES
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.mapped import MappedFile
 from hf_speed.checkpoint.strict_json import load_json
+from hf_speed.checkpoint.verify import verify_weights
 from hf_speed.checkpoint.written import WrittenFiles
-from hf_speed.engine.saved_run import check_hyperparameter, saved_run
+from hf_speed.engine.rng import load_rng
+from hf_speed.engine.saved_run import (
+    check_hyperparameter,
+    counter,
+    masters_in_files,
+    saved_run,
+)
 from hf_speed.errors import CheckpointError
+from hf_speed.mesh import ParallelMesh
+from hf_speed.mesh.axes import IDENTITY
 from tests.checkpoint.toys import (
     LOCAL_FILE,
     META,
@@ -355,3 +364,56 @@ def test_checkpoint_without_checksums_is_read_and_says_so(
         assert value.tolist() == (torch.arange(3.0, 5.0) / 5).tolist()
         assert reader.local(0)["cpu_rng"].tolist() == list(range(16))
     assert "before checkpoints had checksums" in caplog.text
+
+
+def test_weights_of_other_names_or_with_another_header_are_refused(home: Path) -> None:
+    """Sizes and data as they were; so that only names and what the header says besides differ."""
+    path = home / SHARDS[1]
+    data = path.read_bytes()
+    for old, new, message in (
+        (b'"head"', b'"heed"', "only the file has a tensor 'heed'|only the manifest lists a"),
+        (b'"pt"', b'"tf"', "its header was changed: with it the checksum is"),
+    ):
+        path.write_bytes(data.replace(old, new))
+        assert path.read_bytes() != data
+        with pytest.raises(CheckpointError, match=message):
+            verify_weights(home, world=IDENTITY)
+    path.write_bytes(data)
+    verify_weights(home, world=IDENTITY)
+
+
+def test_manifest_that_is_no_text_is_refused(home: Path) -> None:
+    (home / MANIFEST_PATH).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged or cannot be read"):
+        read_manifest(home)
+
+
+@pytest.mark.parametrize("reader", [digest_file, MappedFile])
+def test_file_that_is_not_there_is_named(reader: Callable[[Path], Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be opened: .*No such file"):
+        reader(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("state", [torch.zeros(3, dtype=torch.uint8), torch.zeros(5056)])
+def test_random_state_that_is_none_is_refused(state: torch.Tensor, tmp_path: Path) -> None:
+    write_states(tmp_path, [], {}, world=IDENTITY, local={"cpu_rng": state})
+    mesh = ParallelMesh({}, device=torch.device("cpu"))
+    before = torch.get_rng_state()
+    with (
+        StateReader(tmp_path) as reader,
+        pytest.raises(CheckpointError, match="holds random states of rank 0 that are none"),
+    ):
+        load_rng(mesh, reader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_no_number_and_no_dtype_is_refused() -> None:
+    assert counter(5, "step of head", "m") == 5.0
+    for value in ("5", True, None):
+        with pytest.raises(CheckpointError, match=r"m: the step of head is .*, not a number"):
+            counter(value, "step of head", "m")
+    assert masters_in_files({"masters_in_files": "float32"}, "m") is torch.float32
+    assert masters_in_files({}, "m") is None
+    for value, message in (("int8", "is 'int8', none of float64"), (4, "is int where str")):
+        with pytest.raises(CheckpointError, match=f"m: masters_in_files {message}"):
+            masters_in_files({"masters_in_files": value}, "m")

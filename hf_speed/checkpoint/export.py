@@ -102,7 +102,7 @@ def export(
     max_shard_size: int | str | None = None,
     *,
     layout: Callable[[Path], ModelPlan | None] | None = None,
-    finish: Callable[[Path], None] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> Exported:
     """Write the Hub model in `src` to `dst`, which `from_pretrained` loads without hf_speed.
 

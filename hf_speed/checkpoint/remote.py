@@ -39,6 +39,7 @@ MIRROR_PATH = f"{STATE_DIRECTORY}/mirror.json"
 LATEST_NAME = "latest"
 
 _FORMAT_VERSION = 2
+_REFUSED = "What is in the store is refused until it is uploaded again."
 
 
 class RemoteFiles(NamedTuple):
@@ -118,7 +119,7 @@ def upload(directory: Path, url: str, *, world: AxisGroup) -> None:
     """
     what = f"Uploading {directory} to {shown(url)}"
     mine: dict[str, FileRecord] = {}
-    with agreed(world, what):
+    with agreed(world, what, left=_REFUSED):
         store = Store(url)
         manifest = _local_manifest(directory)
         if world.rank == 0:
@@ -126,13 +127,13 @@ def upload(directory: Path, url: str, *, world: AxisGroup) -> None:
             store.remove(MANIFEST_PATH)
             store.write(MIRROR_PATH, _mirror_json({}, has_manifest=True))
     names = gather_objects(_files_of(directory) if world.rank == 0 else [], group=world)[0]
-    with agreed(world, what):
+    with agreed(world, what, left=_REFUSED):
         for name in share(names, world):
             mine[name] = _send(store, directory, name, manifest)
     records: dict[str, FileRecord] = {}
     for part in gather_objects(mine, group=world):
         records |= part
-    with agreed(world, what):
+    with agreed(world, what, left=_REFUSED):
         if world.rank == 0:
             listed = {} if manifest is None else manifest.files
             others = {name: record for name, record in records.items() if name not in listed}
@@ -231,7 +232,7 @@ def download(url: str, directory: Path, *, world: AxisGroup) -> None:
     what = f"Downloading {shown(url)} to {directory}"
     staging = directory.with_name(f".{directory.name}.download")
     files = RemoteFiles({}, {}, {})
-    with agreed(world, what):
+    with agreed(world, what, left=f"{directory} is as it was."):
         store = Store(url)
         if world.rank == 0:
             files = remote_files(store)
@@ -243,11 +244,11 @@ def download(url: str, directory: Path, *, world: AxisGroup) -> None:
     records = {name: each._replace(tensors={}) for name, each in files.records.items()}
     records, is_there = gather_objects((records, directory.exists()), group=world)[0]
     try:
-        with agreed(world, what):
+        with agreed(world, what, left=f"{directory} is as it was."):
             sizes = [(name, record.nbytes) for name, record in records.items()]
             for name in share([] if is_there else sizes, world):
                 fetch_file(store, name, records[name], staging / name)
-        with agreed(world, what):
+        with agreed(world, what, left=f"{directory} is as it was."):
             if world.rank == 0 and not is_there:
                 for name, text in files.closing.items():
                     (staging / name).parent.mkdir(parents=True, exist_ok=True)

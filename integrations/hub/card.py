@@ -92,13 +92,12 @@ def _metadata(facts: CardFacts) -> Any:
     from huggingface_hub import ModelCardData
 
     notes = _table(facts.meta.get("notes"))
-    dataset = _table(notes.get("dataset")).get("hub_id")
-    base = notes.get("base_model")
+    dataset = _repo_id(_table(notes.get("dataset")).get("hub_id"))
     return ModelCardData(
         model_name=facts.name,
         library_name="peft" if _is_adapter(facts) else "transformers",
-        base_model=base if _is_repo_id(base) else None,
-        datasets=[dataset] if _is_repo_id(dataset) else None,
+        base_model=_repo_id(notes.get("base_model")),
+        datasets=None if dataset is None else [dataset],
         tags=["hf_speed", "generated_from_trainer"] if facts.state else ["hf_speed"],
     )
 
@@ -162,7 +161,7 @@ def _losses(state: Mapping[str, Any]) -> Iterator[str]:
     lines: dict[float, dict[str, float]] = {}
     history = state.get("log_history")
     for entry in history if isinstance(history, list) else ():
-        step = _table(entry).get("step")
+        step: Any = _table(entry).get("step")
         found = {
             key: value
             for key, value in _table(entry).items()
@@ -231,8 +230,9 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if _is_number(value) else ""
 
 
-def _is_repo_id(value: Any) -> bool:
-    return isinstance(value, str) and _REPO_ID.fullmatch(value) is not None
+def _repo_id(value: Any) -> str | None:
+    """A name on the Hub; None for what cannot be one."""
+    return value if isinstance(value, str) and _REPO_ID.fullmatch(value) else None
 
 
 def _text(value: Any) -> str:

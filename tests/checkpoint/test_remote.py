@@ -1,7 +1,9 @@
 """Checkpoints in remote stores: whole or refused, on memory:// and file://, by several ranks."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +102,34 @@ def test_every_byte_comes_back_and_latest_names_the_newest(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kept", range(4))
+def test_an_upload_that_was_killed_is_refused(kept: int, tmp_path: Path) -> None:
+    """SIGKILL before any file, over the upload of another checkpoint of the same name."""
+    source = checkpoint(tmp_path / "checkpoint-1")
+    url = f"file://{tmp_path}/store"
+    mirror_checkpoint(source, url=url, world=IDENTITY)
+    child = os.fork()
+    if child == 0:
+        put, sent = Store.put, []
+
+        def dying(self: Store, local: Path, name: str) -> None:
+            if len(sent) == kept:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sent.append(name)
+            put(self, local, name)
+
+        Store.put = dying  # type: ignore[method-assign]
+        mirror_checkpoint(source, url=url, world=IDENTITY)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    with pytest.raises(CheckpointError, match="was not uploaded to the end"):
+        download(newest_url(url), tmp_path / "back", world=IDENTITY)
+    assert not inspect_remote(newest_url(url), fast=True).is_whole
+    mirror_checkpoint(source, url=url, world=IDENTITY)
+    download(newest_url(url), tmp_path / "back", world=IDENTITY)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
 def test_an_upload_that_was_cut_short_is_refused(
     kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

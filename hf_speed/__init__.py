@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from hf_speed.integrations.accelerate import Accelerator
     from hf_speed.integrations.hub.publish import export
+    from hf_speed.integrations.importing import import_checkpoint
     from hf_speed.integrations.transformers import (
         Trainer,
         TrainingArguments,
@@ -54,6 +55,7 @@ __all__ = [
     "get_full_grad",
     "get_full_optimizer_state",
     "get_full_parameter",
+    "import_checkpoint",
     "integrate_args",
     "integrate_trainer",
     "offload_states",
@@ -78,6 +80,8 @@ def _home_of(name: str) -> str:
             return "hf_speed.integrations.accelerate"
         case "export":
             return "hf_speed.integrations.hub.publish"
+        case "import_checkpoint":
+            return "hf_speed.integrations.importing"
     if name in _OF_TRAINER or name.startswith("integrate_"):
         return "hf_speed.integrations.transformers"
     return "hf_speed.engine"

@@ -1,4 +1,4 @@
-"""`hf-speed`, also `python -m hf_speed`: launch, doctor, plan, inspect, export.
+"""`hf-speed`, also `python -m hf_speed`: launch, doctor, plan, inspect, export, import.
 
 A mistake of the user's ends with its message on stderr and status 2, without a traceback.
 """
@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_speed.cli import doctor, inspecting, launch, plan, storage
+from hf_speed.cli import doctor, importing, inspecting, launch, plan, storage
 from hf_speed.errors import HfSpeedError
 
 
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_parser(commands)
     inspecting.add_parser(commands)
     storage.add_parser(commands)
+    importing.add_parser(commands)
     return parser
 
 

@@ -22,6 +22,7 @@ NAMES = [
     "get_full_grad",
     "get_full_optimizer_state",
     "get_full_parameter",
+    "import_checkpoint",
     "integrate_args",
     "integrate_trainer",
     "offload_states",

@@ -23,7 +23,7 @@ from tests.integrations.toys import curve, llama, stage, trainer
 from tests.support import RankError, run_ranks
 
 BEHIND: dict[str, Any] = {"checkpoint": {"asynchronous": True}}
-SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
 def _both(directory: str, number: int, options: dict[str, Any]) -> list[Any]:
@@ -34,7 +34,7 @@ def _both(directory: str, number: int, options: dict[str, Any]) -> list[Any]:
         made.train()
         found.append(curve(made))
     if dist.get_rank() == 0:
-        shutil.rmtree(f"{directory}/behind/checkpoint-6")
+        shutil.rmtree(f"{directory}/behind/checkpoint-4")
     dist.barrier()
     again = trainer(
         f"{directory}/behind", stage(number, **BEHIND), model=llama(seed=9), **SAVING, **options
@@ -61,7 +61,7 @@ def test_files_written_behind_are_those_written_at_once(
 ) -> None:
     once, behind, again = run_ranks(_both, 2, str(tmp_path), number, options)[0]
     assert once == behind == again
-    for step in (2, 4, 6):
+    for step in (2, 4):
         one, two = (tmp_path / name / f"checkpoint-{step}" for name in ("once", "behind"))
         names = sorted(str(path.relative_to(one)) for path in one.rglob("*"))
         assert names == sorted(str(path.relative_to(two)) for path in two.rglob("*"))
@@ -72,7 +72,7 @@ def test_files_written_behind_are_those_written_at_once(
         assert all(torch.equal(mine[key], value) for key, value in theirs.items())
         args = torch.load(two / "training_args.bin", weights_only=False)
         assert args.save_total_limit is None
-    assert read_latest(tmp_path / "behind") == tmp_path / "behind" / "checkpoint-6"
+    assert read_latest(tmp_path / "behind") == tmp_path / "behind" / "checkpoint-4"
 
 
 def _limited(directory: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _limited(directory: str) -> dict[str, Any]:
         "final": sorted(path.name for path in Path(directory, "final").glob("*.safetensors")),
         "limit": made.args.save_total_limit,
         "saved": torch.load(
-            f"{directory}/checkpoint-6/training_args.bin", weights_only=False
+            f"{directory}/checkpoint-4/training_args.bin", weights_only=False
         ).save_total_limit,
         "saving": _is_saving(),
     }
@@ -98,7 +98,7 @@ def _is_saving() -> bool:
 
 def test_train_ends_when_its_saves_have_and_keeps_its_limit(tmp_path: Path) -> None:
     for each in run_ranks(_limited, 2, str(tmp_path)):
-        assert each["files"] == ["checkpoint-6", "final", "latest"]
+        assert each["files"] == ["checkpoint-4", "final", "latest"]
         assert each["final"] == ["model.safetensors"]
         assert each["limit"] == each["saved"] == 1
         assert not each["saving"]
@@ -182,8 +182,50 @@ def _load_newest(directory: str) -> tuple[list[str], float]:
     accelerator, _, optimizer = _accelerated(directory, stage(3))
     accelerator.load_state()
     names = sorted(path.name for path in Path(directory, "checkpoints").iterdir())
-    steps = {float(state["step"]) for state in optimizer.optimizer.state.values()}
-    return names, steps.pop()
+    return names, _steps(optimizer)
+
+
+def _steps(optimizer: Any) -> float:
+    (steps,) = {float(state["step"]) for state in optimizer.optimizer.state.values()}
+    return steps
+
+
+def _save_in_one_place(directory: str) -> list[Any]:
+    """Twice into one directory, the second time in the midst of which the process may die."""
+    accelerator, model, optimizer = _accelerated(directory, stage(3, **BEHIND))
+    accelerator.project_configuration.automatic_checkpoint_naming = False
+    home, found = Path(directory) / "state", []
+    for number in range(2):
+        tokens = torch.full((2, 4), number + 5)
+        accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(accelerator.save_state(str(home)) == home)
+        accelerator.wait_for_save()
+        if number == 0 and dist.get_rank() == 0:
+            (home / "notes.txt").write_text("mine")
+    if dist.get_rank() == 0:
+        # Where a swap died after its first rename.
+        home.rename(home.parent / ".state.saving")
+        shutil.copytree(home.parent / ".state.saving", home.parent / ".state.replaced")
+    dist.barrier()
+    accelerator.load_state(str(home))
+    return [
+        *found,
+        _steps(optimizer),
+        (home / "notes.txt").read_text(),
+        sorted(path.name for path in home.iterdir()),
+    ]
+
+
+def test_a_state_saved_over_another_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    for each in run_ranks(_save_in_one_place, 2, str(tmp_path)):
+        same, again, steps, notes, names = each
+        assert same
+        assert again
+        assert (steps, notes) == (2.0, "mine")
+        assert {"config.json", "hf_speed", "model.safetensors", "random_states_1.pkl"} < {*names}
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 def test_named_states_are_limited_when_the_new_one_is_whole(tmp_path: Path) -> None:

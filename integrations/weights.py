@@ -10,6 +10,7 @@ and trained with bf16=True is saved in fp32, as transformers does.
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hf_speed.checkpoint.saver import Save
 from hf_speed.checkpoint.verify import verify_weights
 from hf_speed.engine import Engine
 from hf_speed.engine.buffers import full_buffers, persistent_buffers
+from hf_speed.engine.delivery import can_deliver, deliver_parameters
 from hf_speed.engine.rng import load_rng, share_rng
 from hf_speed.engine.saved_run import MESH, masters_in_files
 from hf_speed.errors import CheckpointError
@@ -148,10 +150,15 @@ def write_model(
             if engine.mesh.world.rank == 0:
                 model.save_pretrained(directory, state_dict=state)
         return
+    if can_deliver(engine.parts):
+        master = file_dtype(engine) is not None
+        parameters = partial(deliver_parameters, engine, save=save, master=master)
+    else:
+        parameters = full_weights(engine)
     save_hub_model(
         engine.model,
         directory,
-        full_weights(engine),
+        parameters,
         save=save,
         buffers=full_buffers(engine),
         max_shard_bytes=max_shard_bytes or engine.config.max_shard_bytes,

@@ -61,6 +61,16 @@ class ModelPlan(NamedTuple):
         """True where the model has several files and so an index."""
         return len(self.files) > 1
 
+    def writers(self, world_size: int) -> Callable[[str], frozenset[int]]:
+        """From a name in the model to the ranks whose files hold something that is made of it."""
+        file_of = {spec.name: i for i, file in enumerate(self.files) for spec in file.tensors}
+        ranks = {
+            source: frozenset(file_of[target] % world_size for target in group.targets)
+            for group in self.groups
+            for source in group.sources
+        }
+        return lambda name: ranks[self.aliases.get(name, name)]
+
     def index_json(self) -> str:
         """What `model.safetensors.index.json` says, as transformers writes it."""
         weight_map = {spec.name: file.name for file in self.files for spec in file.tensors}

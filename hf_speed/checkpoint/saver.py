@@ -18,12 +18,15 @@ The thread is no daemon: the interpreter ends after it. It lives for the jobs at
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from hf_speed.checkpoint.held import Held
 from hf_speed.checkpoint.staging import agreed
 from hf_speed.checkpoint.written import FullWeights, WrittenFiles
 from hf_speed.errors import CheckpointError, HfSpeedError
@@ -63,6 +66,25 @@ class Save:
         """The ranks, as jobs must talk to them."""
         return self._saver.group
 
+    def hold(self, value: Tensor, name: str) -> Held:
+        """A tensor that a job of this save will read; `Saver.secure` keeps it from changing."""
+        held = Held(value, name)
+        if self.is_behind:
+            self._saver.held.append(held)
+        return held
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Jobs queued inside start on leaving: what the caller writes itself comes before them.
+
+        On a disk that is almost full that decides who fails.
+        """
+        self._saver.is_paused = True
+        try:
+            yield
+        finally:
+            self._saver.start()
+
     def submit(self, run: Callable[[], object]) -> None:
         """Run a job now, or queue it.
 
@@ -94,6 +116,16 @@ class Saver:
         self._is_settling = False
         self._failure: BaseException | None = None
         self._raise_at = 0
+        self.is_paused = False
+        """Whether jobs wait in the queue for `start`."""
+        self.held: list[Held] = []
+        """What is still to be read of the save in flight, for all that `secure` knows."""
+
+    def secure(self) -> None:
+        """From now on the training may change what the save in flight has still to read."""
+        held, self.held = self.held, []
+        for each in held:
+            each.secure()
 
     def begin(self, what: str) -> Save:
         """Start a save; blocks while another is in flight. Every rank calls it.
@@ -113,7 +145,14 @@ class Saver:
             if job.save.has_failed:
                 return
             self._jobs.append(job)
-            if self._thread is None:
+        if not self.is_paused:
+            self.start()
+
+    def start(self) -> None:
+        """Have the jobs run that are queued; pauses no more."""
+        with self._changed:
+            self.is_paused = False
+            if self._jobs and self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="hf_speed-saver")
                 self._thread.start()
 
@@ -139,6 +178,7 @@ class Saver:
         Raises:
             CheckpointError: on every rank, if a save has failed.
         """
+        self.start()
         with self._changed:
             self._changed.wait_for(lambda: self._thread is None)
             if self._failure is None:

@@ -11,7 +11,8 @@ manifest, which is the one moment at which the new save takes its place.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import hf_speed
 from hf_speed.checkpoint.digest import FileRecord, digest_file
+from hf_speed.checkpoint.held import Held
 from hf_speed.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_PATH,
@@ -36,7 +38,13 @@ from hf_speed.checkpoint.manifest import (
 from hf_speed.checkpoint.paths import Home
 from hf_speed.checkpoint.staging import agreed, check_visible, publish, staged
 from hf_speed.checkpoint.strict_json import dump_json, load_json
-from hf_speed.checkpoint.tensorfile import sync_directory, write_tensors, write_text
+from hf_speed.checkpoint.tensorfile import (
+    TensorFile,
+    TensorSpec,
+    sync_directory,
+    write_tensors,
+    write_text,
+)
 from hf_speed.checkpoint.written import WrittenFiles
 from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
@@ -80,6 +88,7 @@ class LocalState(NamedTuple):
         slicing: how tensor-parallel ranks divide the full tensor; None: the slice is all of it.
         tp_rank: whose slice it is. Of stretches that several ranks hold, only the first holder's
             are written.
+        held: of `value`, where that may change before it is written.
     """
 
     name: str
@@ -90,6 +99,13 @@ class LocalState(NamedTuple):
     value: Tensor
     slicing: Slicing | None = None
     tp_rank: int = 0
+    held: Held | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[Tensor]:
+        """The value that the save began with; once."""
+        with nullcontext(self.value) if self.held is None else self.held.reading() as value:
+            yield value.contiguous()
 
     def runs(self) -> list[Run]:
         """Which boxes of the full tensor are written, and where their values stand in `value`.
@@ -107,6 +123,14 @@ class LocalState(NamedTuple):
                 counted_only=True,
             )
         )
+
+
+class _Cut(NamedTuple):
+    """A state, the boxes in which it is written, and the record of them: a piece for each run."""
+
+    state: LocalState
+    runs: list[Run]
+    entry: Entry
 
 
 def write_states(
@@ -172,8 +196,8 @@ def _stage_states(
 ) -> _Staged:
     """Write this rank's pieces into files of at most max_shard_bytes; what is where."""
     done = _Staged([], {})
-    pending: dict[str, Tensor] = {}
-    entries: list[Entry] = []
+    pending: list[_Cut] = []
+    keys: set[str] = set()
     nbytes = 0
 
     def file_name() -> str:
@@ -181,25 +205,47 @@ def _stage_states(
 
     def write() -> None:
         # The file knows the digests of its own tensors, not of those in others.
-        record = write_tensors(staging / file_name(), pending)
-        done.entries.extend(_with_digests(entry, record) for entry in entries)
+        record = _write_file(staging / file_name(), pending)
+        done.entries.extend(_with_digests(cut.entry, record) for cut in pending)
         done.records[file_name()] = record._replace(tensors={})
 
     for state in states:
-        if pending and nbytes + state.value.nbytes > max_shard_bytes:
+        if keys and nbytes + state.value.nbytes > max_shard_bytes:
             write()
-            pending, entries, nbytes = {}, [], 0
-        tensors, entry = _cut(state, file_name())
-        if tensors.keys() & pending.keys():
-            raise CheckpointError(f"Rank {rank} holds the same piece of the {entry.label} twice.")
-        pending |= tensors
+            pending, keys, nbytes = [], set(), 0
+        cut = _cut(state, file_name())
+        new = {piece.key for piece in cut.entry.pieces}
+        if new & keys:
+            label = cut.entry.label
+            raise CheckpointError(f"Rank {rank} holds the same piece of the {label} twice.")
+        pending.append(cut)
+        keys |= new
         nbytes += state.value.nbytes
-        entries.append(entry)
-    if pending:
+    if keys:
         write()
     else:
-        done.entries.extend(entries)
+        done.entries.extend(cut.entry for cut in pending)
     return done
+
+
+def _write_file(path: Path, cuts: list[_Cut]) -> FileRecord:
+    """Write one state file; of values on other devices one at a time is on the host."""
+    specs = [
+        TensorSpec(piece.key, piece.extents, cut.entry.dtype)
+        for cut in cuts
+        for piece in cut.entry.pieces
+    ]
+    file = TensorFile(path, specs)
+    try:
+        for cut in cuts:
+            with cut.state.reading() as value:
+                for piece, run in zip(cut.entry.pieces, cut.runs, strict=True):
+                    file.write(piece.key, run.view(value).cpu())
+    except BaseException:
+        file.abandon()
+        raise
+    file.close()
+    return file.record
 
 
 def _with_digests(entry: Entry, record: FileRecord) -> Entry:
@@ -207,8 +253,8 @@ def _with_digests(entry: Entry, record: FileRecord) -> Entry:
     return entry._replace(pieces=tuple(pieces))
 
 
-def _cut(state: LocalState, file: str) -> tuple[dict[str, Tensor], Entry]:
-    """The boxes of one interval, as views, and the record of them."""
+def _cut(state: LocalState, file: str) -> _Cut:
+    """The boxes of one interval, and the record of them."""
     label = f"{state.kind} of {state.name}"
     if state.value.dim() != 1 or state.value.numel() != state.numel:
         raise CheckpointError(
@@ -218,15 +264,12 @@ def _cut(state: LocalState, file: str) -> tuple[dict[str, Tensor], Entry]:
         runs = state.runs()
     except ValueError as error:
         raise CheckpointError(f"The {label} does not fit: {error}") from error
-    value = state.value.contiguous()
-    tensors = {}
-    pieces = []
-    for run in runs:
-        key = f"{state.kind}/{state.name}@{flat_start(state.shape, run.box)}"
-        tensors[key] = run.view(value)
-        pieces.append(Piece(file, key, *run.box))
-    entry = Entry(state.name, state.kind, state.shape, state.value.dtype, tuple(pieces))
-    return tensors, entry
+    pieces = tuple(
+        Piece(file, f"{state.kind}/{state.name}@{flat_start(state.shape, run.box)}", *run.box)
+        for run in runs
+    )
+    entry = Entry(state.name, state.kind, state.shape, state.value.dtype, pieces)
+    return _Cut(state, runs, entry)
 
 
 def _commit(directory: Path, staging: Path, meta: Mapping[str, Any], world_size: int) -> None:

@@ -260,6 +260,7 @@ class Engine:
             EngineError: other modules where each rank has a part of the model only.
         """
         self._parts.stepper.settle()
+        self.saves.secure(when=modify)
         divided, what = self._parts.division.is_divided, "A scope of gathered(modify=True)"
         together = left_together(self.mesh, what) if modify and divided else nullcontext()
         replaced: list[tuple[nn.Parameter, nn.Parameter]] | None = None
@@ -331,6 +332,7 @@ class Engine:
         At stages 0 to 2 every rank reads every parameter whole. No collective.
         """
         self._parts.stepper.settle()
+        self.saves.secure()
         local = self._parts.division.local_reader(read)
         for group in self._parts.groups:
             with group.in_memory(modify=True):
@@ -354,6 +356,7 @@ class Engine:
     def set_full_parameter(self, name: str, value: Tensor) -> None:
         """Overwrite one parameter with the same value on every rank."""
         self._parts.stepper.settle()
+        self.saves.secure()
         self._access.set_parameter(name, value)
 
     def get_full_grad(self, name: str) -> Tensor | None:
@@ -403,9 +406,8 @@ class Engine:
 
     def stats(self) -> StepStats:
         """Figures for logs. No collective."""
-        norm = self._parts.stepper.grad_norm
         return StepStats(
-            grad_norm=None if norm is None else float(norm),
+            grad_norm=None if (norm := self._parts.stepper.grad_norm) is None else float(norm),
             loss_scale=self.loss_scale,
             bytes_sent=self._parts.mesh.journal.total_bytes_sent,
             peak_bytes={**peak_bytes(self._device), **self._parts.tiers.peak_bytes},
@@ -430,6 +432,7 @@ class Engine:
             OffloadError: the tier has no room.
         """
         self._parts.stepper.settle()
+        self.saves.secure()
         if self._gathered_depth:
             raise EngineError("offload_states() inside gathered(): leave that scope first.")
         store = self._parts.tiers.new_store(tier, paths)

@@ -23,6 +23,7 @@ from hf_speed.checkpoint.writer import LocalState, write_states
 from hf_speed.checkpoint.written import FullWeights
 from hf_speed.engine.assemble import Parts
 from hf_speed.engine.catalogue import Catalogue
+from hf_speed.engine.delivery import can_deliver
 from hf_speed.engine.optimizer_state import (
     MASTER,
     OptimizerLoader,
@@ -65,7 +66,7 @@ def save_engine(engine: "Engine", directory: str, save: Save) -> None:
         partial(
             write_states,
             directory,
-            copy_states(states) if save.is_behind else states,
+            _kept(states, parts, save) if save.is_behind else states,
             meta,
             world=save.group,
             scalars=optimizer_scalars(parts, engine.optimizer),
@@ -74,6 +75,17 @@ def save_engine(engine: "Engine", directory: str, save: Save) -> None:
             written=save.written,
         )
     )
+
+
+def _kept(states: Iterator[LocalState], parts: Parts, save: Save) -> Iterator[LocalState]:
+    """States that may be read when the jobs of a save run: where they are, or else copies."""
+    if not can_deliver(parts):
+        return copy_states(states)
+    held = [
+        state._replace(held=save.hold(state.value, f"{state.kind} of {state.name}"))
+        for state in states
+    ]
+    return iter(held)
 
 
 def local_states(

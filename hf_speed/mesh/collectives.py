@@ -107,6 +107,41 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
     return Pending(works, lambda: full, what=what, check=check)
 
 
+def collect_flat(
+    mine: Tensor, full: Tensor | None, *, group: AxisGroup, receivers: Sequence[int]
+) -> Pending[Tensor]:
+    """Bring the slices of a flat tensor together on some of the ranks. Not in the journal.
+
+    Args:
+        mine: (n,) this rank's slice, in host memory; not written before the wait.
+        full: (group.size * n,) contiguous, with this rank's slice in its place; None where this
+            rank is no receiver.
+        group: the ranks; used by one thread.
+        receivers: places in the group, the same on every rank.
+
+    Returns:
+        Pending of `full`, or of `mine` where there is none. n elements sent to each other receiver.
+    """
+    what = f"collecting {mine.nbytes} bytes a rank over {group.label}"
+    if group.is_identity:
+        return Pending((), lambda: mine, what=what)
+
+    def start() -> list[dist.Work]:
+        others = [peer for peer in range(group.size) if peer != group.rank]
+        parts = [] if full is None else _parts(full, group)
+        works = [
+            *(
+                dist.irecv(parts[peer], group=group.group, group_src=peer)
+                for peer in others
+                if parts
+            ),
+            *(dist.isend(mine, group=group.group, group_dst=p) for p in receivers if p in others),
+        ]
+        return [work for work in works if work is not None]
+
+    return Pending(guard(what, start), lambda: mine if full is None else full, what=what)
+
+
 def reduce_scatter_flat(
     send: Tensor, *, group: AxisGroup, journal: Journal, receive: Tensor | None = None
 ) -> Pending[list[Tensor]]:

@@ -243,12 +243,13 @@ def engines_save(accelerator: StatefulAccelerator, place: _Place | None) -> Iter
     limit, project.total_limit = project.total_limit, None
     handle = accelerator.register_save_state_pre_hook(hook)
     try:
-        with _without_bound_optimizers(accelerator):
+        with _without_bound_optimizers(accelerator), save.together():
             yield
     finally:
         handle.remove()
         project.total_limit = limit
         accelerator.state_weights = None
+    name = None if place is None else place.final.name
     for directory in saved:
         save.submit(
             partial(
@@ -262,9 +263,7 @@ def engines_save(accelerator: StatefulAccelerator, place: _Place | None) -> Iter
                     (),
                     partial(_states_of, project.project_dir),
                 ),
-                mirror=mirror_of(
-                    engines[0].config, save.group, name=None if place is None else place.final.name
-                ),
+                mirror=mirror_of(engines[0].config, save.group, name=name),
             )
         )
     if place is not None:

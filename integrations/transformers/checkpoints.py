@@ -45,7 +45,7 @@ def running_checkpoint(args: Any, engine: Engine, directory: Path) -> Iterator[R
     save = engine.saves.begin(f"Saving {directory}")
     mirror = mirror_of(engine.config, save.group)
     running = RunningCheckpoint(save, args.save_total_limit, mirror)
-    with _limit(args, None):
+    with _limit(args, None), save.together():
         yield running
 
 

@@ -36,6 +36,7 @@ from hf_speed.checkpoint.saver import Save
 from hf_speed.checkpoint.snapshot import copy_parameters
 from hf_speed.checkpoint.written import FullWeights
 from hf_speed.engine.buffers import persistent_buffers
+from hf_speed.engine.delivery import Delivery
 from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
 
@@ -89,7 +90,7 @@ def tensors_of(model: nn.Module) -> StoredTensors:
 def save_hub_model(
     model: nn.Module,
     directory: str | Path,
-    parameters: Iterable[tuple[str, Tensor]],
+    parameters: Iterable[tuple[str, Tensor]] | Delivery,
     *,
     save: Save,
     buffers: Iterable[tuple[str, Tensor]] | None = None,
@@ -106,7 +107,8 @@ def save_hub_model(
         model: a PreTrainedModel, or any module (then weights alone are written).
         directory: made if absent; on storage that all ranks share.
         parameters: (name, full tensor) of every parameter, as `Engine.full_parameters()` yields
-            them; each valid until the next.
+            them; each valid until the next. Or gives them for the ranks that write each, to be read
+            when the jobs of `save` run, as `deliver_parameters` does.
         save: that this is a part of.
         buffers: likewise of every persistent buffer; None: those of `model`.
         max_shard_bytes: largest file, except that a tensor is never cut.
@@ -118,9 +120,12 @@ def save_hub_model(
         CheckpointError: on every rank; see `write_model` and `plan_hub_model`.
     """
     plan = plan_hub_model(model, max_shard_bytes=max_shard_bytes, dtype=dtype, tensors=tensors)
-    values = chain(parameters, persistent_buffers(model) if buffers is None else buffers)
-    if save.is_behind:
-        values = copy_parameters(values, plan, world=save.group)
+    others = persistent_buffers(model) if buffers is None else buffers
+    copied = partial(copy_parameters, plan=plan, world=save.group) if save.is_behind else iter
+    if callable(parameters):
+        values = chain(parameters(plan.writers(save.group.size)), copied(others))
+    else:
+        values = copied(chain(parameters, others))
     extras = HubConfigs(model, plan).write
     if dtype is not None:
         save.full_weights[Path(directory)] = FullWeights(dtype, _names_in_files(plan))

@@ -151,6 +151,12 @@ def _states(engine: Engine) -> dict[str, Tensor]:
     return found if dist.get_rank() == 0 else {}
 
 
+def _leave(engine: Engine) -> None:
+    """Close stores and groups. States need not be put together for a plain optimizer."""
+    engine.optimizer.state.clear()
+    engine.detach()
+
+
 def _rows() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, 96, (8,), generator=generator) for _ in range(6 * ROWS)]
@@ -188,7 +194,7 @@ def _trained(directory: str, name: str, checkpoint: str | None) -> Found:
             torch.rand(1 + 2 * dist.get_rank())
         made.train(resume_from_checkpoint=checkpoint)
         found = Found(witness.states, flat(curve(made))[-STEPS:], torch.rand(()).item())
-        made.speed_engine.detach()
+        _leave(made.speed_engine)
     return found
 
 
@@ -214,7 +220,7 @@ def _looped(name: str, checkpoint: str) -> Found:
         loss = model(**batch).loss
         accelerator.backward(loss)
         losses = accelerator.gather(loss.detach().reshape(1)).double()
-        accelerator.engines[0].detach()
+        _leave(accelerator.engines[0])
         accelerator.free_memory()
     return Found(states, losses.mean().reshape(1, 1), 0.0)
 

@@ -448,7 +448,10 @@ def _write_trainer_files(staging: Path, foreign: Foreign) -> None:
     """What the Trainer needs to go on, where the source was not a Trainer's."""
     state = staging / TRAINER_STATE_NAME
     if not state.is_file():
-        TrainerState(global_step=foreign.step or 0).save_to_json(str(state))
+        # Only the step is known; the Trainer warns of a batch size that is not its own.
+        unknown: Any = {"logging_steps": None, "eval_steps": None, "save_steps": None}
+        made = TrainerState(global_step=foreign.step or 0, train_batch_size=0, **unknown)
+        made.save_to_json(str(state))
     scheduler = staging / SCHEDULER_NAME
     groups = foreign.param_groups
     taken = foreign.scheduler_step if foreign.scheduler_step is not None else foreign.step

@@ -222,6 +222,9 @@ class PositionedTrainer(transformers.Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As the base class does; the place in the data is that of the checkpoint, in samples."""
         passes, batches = super()._init_training_state(*args, **kwargs)
+        if self.state.logging_steps is None:
+            # An imported checkpoint of no Trainer's says no intervals: they are this run's.
+            self.state.compute_steps(self.args, self.state.max_steps)
         per_update = self.args.gradient_accumulation_steps
         start = self._data_start
         if start is None:

@@ -85,7 +85,7 @@ def url(path: str, value: object) -> None:
     if not (scheme and separator and rest):
         raise ConfigError(
             f"{path}={value!r} is no address: write it as in 's3://bucket/run', 'gs://bucket/run' "
-            f"or 'file:///mnt/shared/run'."
+            f"or 'file:///shared/run'."
         )
 
 

@@ -190,8 +190,7 @@ def resolve(
     _check_effective(config, computes=computes, device_type=device_type)
     choice = choose(config, needed=needed, memory=memory)
     precision = config.precision
-    if precision.working_dtype == "own":
-        compute_dtype = None
+    compute_dtype = None if precision.working_dtype == "own" else compute_dtype
     return ResolvedConfig(
         world_size=world_size,
         pp=sizes.pp,

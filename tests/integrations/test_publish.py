@@ -168,12 +168,12 @@ def test_the_card_says_how_it_was_trained(
 def test_markup_and_places_do_not_get_into_the_card() -> None:
     meta = {
         "stage": "3 <script>alert(1)</script>",
-        "config": {"offload": {"paths": ["/mnt/fast"]}, "checkpoint": {"mirror": "s3://secret"}},
+        "config": {"offload": {"paths": ["/fast/disk"]}, "checkpoint": {"mirror": "s3://secret"}},
         "notes": {"dataset": {"name": "[x](http://bad)\n# Title", "hub_id": "org/data"}},
     }
     history = [{"step": step, "loss": 1 / step, "epoch": 0.1} for step in range(1, 100)]
     text = make_card(CardFacts("m`x", meta, 2, {"log_history": history}, {"architectures": [1]}))
-    for bad in ("<script>", "[x](http://bad", "\n# Title", "/mnt/fast", "s3://secret"):
+    for bad in ("<script>", "[x](http://bad", "\n# Title", "/fast/disk", "s3://secret"):
         assert bad not in text
     assert "datasets:\n- org/data" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]

@@ -250,6 +250,7 @@ def engines_save(accelerator: StatefulAccelerator, place: _Place | None) -> Iter
         project.total_limit = limit
         accelerator.state_weights = None
     name = None if place is None else place.final.name
+    name = None if place is None else place.final.name
     for directory in saved:
         save.submit(
             partial(

@@ -74,7 +74,7 @@ def groups(model: Any) -> list[dict[str, Any]]:
     ]
 
 
-def checksum(value: torch.Tensor) -> str:
+def checksum(value: Any) -> str:
     """Of a whole tensor's bytes."""
     flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
@@ -132,7 +132,8 @@ def deepspeed_run(
     }
     deepspeed.init_distributed(dist_backend="gloo")
     optimizer = torch.optim.AdamW(groups(model), lr=LEARNING_RATE)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
+    scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
+    engine: Any
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, lr_scheduler=scheduler
     )
@@ -160,7 +161,7 @@ def deepspeed_run(
         # Its API mistakes one parameter for another then; losses are what tells.
         tensors = {name: {} for name in tensors}
     engine.save_checkpoint(str(out))
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     losses = train(step, BEFORE, BEFORE + AFTER)
     if dist.get_rank() == 0:
         model.config.save_pretrained(out)
@@ -277,7 +278,7 @@ def _whole_states(model: Any, optimizer: Any, version: int) -> dict[str, dict[st
     options = StateDictOptions(full_state_dict=True, cpu_offload=version == 2)
     weights = get_model_state_dict(model, options=options)
     # Empty on ranks other than the first where torch moves it to the host.
-    states = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    states: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     return {
         name: {
             "fp32": checksum(weights[name]),

@@ -17,6 +17,7 @@ A rank is forked from a process that has imported everything.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -40,6 +41,7 @@ from common import Row, finish, make_row, parser, progress
 from torch import Tensor
 
 import hf_speed
+from hf_speed.integrations.transformers.hub import plan_hub_model
 
 WORDS, ROWS, COLUMNS = 61, 24, 6
 TIMEOUT_S = 60.0
@@ -205,6 +207,13 @@ def warm(directory: Path) -> None:
                 # Some are parts of others, made by them.
                 with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
                     importlib.import_module(name)
+
+
+def prepare() -> None:
+    """Do once what every fork would do: transformers' table of layouts, and looking for garbage."""
+    plan_hub_model(_model())
+    gc.collect()
+    gc.freeze()
 
 
 # ---- ranks, forked ----
@@ -416,6 +425,7 @@ def main() -> int:
     wanted = args.only.split(",") if args.only else []
     with tempfile.TemporaryDirectory(prefix="kills-") as directory:
         warm(Path(directory))
+    prepare()
     for system in systems():
         if wanted and system.name not in wanted:
             continue

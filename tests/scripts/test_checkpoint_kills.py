@@ -10,6 +10,7 @@ from tests.support import run_ranks
 
 def _some(directory: str, names: list[tuple[str, int]], num_trials: int) -> list[list[bool]]:
     torch.set_num_threads(1)
+    kills.prepare()
     rows = []
     for system in kills.systems():
         if (system.name, system.ranks) in names:

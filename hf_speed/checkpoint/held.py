@@ -8,7 +8,7 @@ written by then need never be copied. `secure` copies the rest.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,13 +23,14 @@ class Held:
     Args:
         value: of a tensor that is in memory; not copied.
         name: for messages.
+        owners: what others change the same memory through: parameters whose data it is.
     """
 
-    def __init__(self, value: Tensor, name: str) -> None:
+    def __init__(self, value: Tensor, name: str, owners: Sequence[Tensor] = ()) -> None:
         self._value: Tensor | None = value
         self._name = name
-        # In-place operations count here, on whichever view of the memory.
-        self._version = value._version
+        self._owners = owners
+        self._version = self._count_changes(value)
         self._is_copy = False
         self._lock = threading.Lock()
 
@@ -62,4 +63,8 @@ class Held:
                 self._is_copy = True
 
     def _has_changed(self, value: Tensor) -> bool:
-        return not self._is_copy and value._version != self._version
+        return not self._is_copy and self._count_changes(value) != self._version
+
+    def _count_changes(self, value: Tensor) -> int:
+        """In-place operations so far; a parameter counts apart from its data."""
+        return sum(each._version for each in (value, *self._owners))

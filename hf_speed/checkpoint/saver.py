@@ -18,7 +18,7 @@ The thread is no daemon: the interpreter ends after it. It lives for the jobs at
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -66,9 +66,9 @@ class Save:
         """The ranks, as jobs must talk to them."""
         return self._saver.group
 
-    def hold(self, value: Tensor, name: str) -> Held:
+    def hold(self, value: Tensor, name: str, owners: Sequence[Tensor] = ()) -> Held:
         """A tensor that a job of this save will read; `Saver.secure` keeps it from changing."""
-        held = Held(value, name)
+        held = Held(value, name, owners)
         if self.is_behind:
             self._saver.held.append(held)
         return held

@@ -64,7 +64,7 @@ def can_deliver(parts: Parts) -> bool:
             group.master_is_here
             and not group.sources
             and not group.streams
-            and group.axes.gather.size == parts.mesh.sizes["dp_shard"]
+            and group.axes.gather.size in (1, parts.mesh.sizes["dp_shard"])
             for group in parts.groups
         )
     )
@@ -102,14 +102,16 @@ def deliver_parameters(
         is_wanted = me in ranks_of(name)
         whole, dtype = _whole(group, master=master)
         if whole is not None:
-            held = save.hold(group.slot_view(whole, slot), name) if is_wanted else None
+            owners = [each.parameter for each in group.entries if each.name == name]
+            value = group.slot_view(whole, slot)
+            held = save.hold(value, name, owners) if is_wanted else None
             items.append(_Item(name, dtype, slot, held, None))
             continue
         if id(group) not in parted:
             names = [each.name for each in group.layout.slots]
             wanting = frozenset[int]().union(*(ranks_of(each) for each in names))
             wanted_by = tuple(place for place, rank in enumerate(ranks) if rank in wanting)
-            held = save.hold(group.master, group.name) if wanted_by else None
+            held = save.hold(group.master, group.name, group.pieces) if wanted_by else None
             parted[id(group)] = _Parted(group, held, dtype, wanted_by)
         items.append(_Item(name, dtype, slot, None, parted[id(group)], is_wanted=is_wanted))
     # Group by group, since each is collected once; which parameter comes first is all one.

@@ -239,7 +239,7 @@ def engines_save(accelerator: StatefulAccelerator, place: _Place | None) -> Iter
                 write_model(engine, home, save=save)
             engine.save(home, save=save)
 
-    project = accelerator.project_configuration
+    project: Any = accelerator.project_configuration
     limit, project.total_limit = project.total_limit, None
     handle = accelerator.register_save_state_pre_hook(hook)
     try:
@@ -249,7 +249,6 @@ def engines_save(accelerator: StatefulAccelerator, place: _Place | None) -> Iter
         handle.remove()
         project.total_limit = limit
         accelerator.state_weights = None
-    name = None if place is None else place.final.name
     name = None if place is None else place.final.name
     for directory in saved:
         save.submit(

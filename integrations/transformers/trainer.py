@@ -345,7 +345,7 @@ class HfSpeedTrainerMixin(PositionedTrainer):
         output = super()._finalize_training(*args, **kwargs)
         if self.speed_engine is not None and self.is_world_process_zero():
             # At the end the base class may leave the best checkpoint alone.
-            correct_latest(Path(self.args.output_dir), self.state.best_model_checkpoint)
+            correct_latest(Path(str(self.args.output_dir)), self.state.best_model_checkpoint)
         return output
 
     def save_model(

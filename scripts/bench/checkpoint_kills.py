@@ -114,12 +114,12 @@ class _Teller(transformers.TrainerCallback):
         self._always = always
         self._told = False
 
-    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if not self._told and not self._always:
             self._told = True
             self._tell({"step": state.global_step, "digest": digest_of(self.trainer)})
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self._always:
             self._tell({"step": state.global_step, "digest": digest_of(self.trainer)})
 
@@ -149,7 +149,7 @@ def digest_of(trainer: Any) -> str:
 
 
 def _trainer(system: System, directory: str, tell: Callable[..., None], **options: Any) -> Any:
-    base = transformers.Trainer if system.config is None else hf_speed.Trainer
+    base: Any = transformers.Trainer if system.config is None else hf_speed.Trainer
 
     class Killed(base):
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -351,7 +351,7 @@ def run_trials(
     home = directory / "run"
     usual_s = save_time_s(system, home, num_timed)
     chance = random.Random(seed)
-    pending: tuple[int, bool] | None = (complete_step(home, system), False)
+    pending: tuple[int, bool] = (complete_step(home, system), False)
     killed: list[tuple[int, bool, int, str]] = []
     while len(killed) <= num_trials:
         ranks = Ranks(system, str(home), _resume_and_save)

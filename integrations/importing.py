@@ -121,18 +121,24 @@ def import_checkpoint(
         optimizer=optimizer or foreign.optimizer,
         step=foreign.step if step is None else step,
     )
+    return _write(foreign, Path(dst), _config_home(config, foreign), cast, limit)
+
+
+def _write(
+    foreign: Foreign, dst: Path, home: Path | None, dtype: torch.dtype | None, limit: int
+) -> Imported:
+    """Write what was opened; `home` has the config, `limit` bytes are in a file."""
     _refuse_adapters(foreign)
     notes: list[str] = []
-    home = _config_home(config, foreign)
     model = None if home is None else meta_model(str(home))
     if model is None:
         notes.append(
-            f"{src} has no {CONFIG_NAME}: tensors keep their names, and from_pretrained cannot "
-            f"load the result. Give config= (--config) for that."
+            f"{foreign.home} has no {CONFIG_NAME}: tensors keep their names, and from_pretrained "
+            f"cannot load the result. Give config= (--config) for that."
         )
-        naming, shapes = _plain_naming(foreign, cast, limit)
+        naming, shapes = _plain_naming(foreign, dtype, limit)
     else:
-        naming, shapes = model_naming(model, foreign, cast, limit, notes)
+        naming, shapes = model_naming(model, foreign, dtype, limit, notes)
     if foreign.param_groups is None:
         notes.append(
             "The source has no optimizer state: a run that resumes it starts its optimizer anew."
@@ -145,7 +151,7 @@ def import_checkpoint(
         _write_trainer_files(staging, foreign)
 
     write_imported(
-        Path(dst),
+        dst,
         foreign,
         naming,
         _meta(foreign, naming, shapes),
@@ -155,7 +161,7 @@ def import_checkpoint(
     for note in notes:
         _log.warning("%s", note)
     return Imported(
-        Path(dst),
+        dst,
         foreign.origin,
         foreign.step,
         sum(len(file.tensors) for file in naming.plan.files),

@@ -47,7 +47,7 @@ class Extent(NamedTuple):
             raise CheckpointError(
                 f"{self.path} holds {self.nbytes} bytes where {start + out.nbytes} are described."
             )
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        view = out.reshape(-1).view(torch.uint8).numpy().data
         position = self.offset + start
         try:
             descriptor = os.open(self.path, os.O_RDONLY)

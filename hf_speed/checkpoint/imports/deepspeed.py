@@ -14,8 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_speed.checkpoint.imports.archive import StoredTensor, load_archive
 from hf_speed.checkpoint.imports.foreign import (
     Foreign,
@@ -296,8 +294,11 @@ def _untrained(states: ModelStates, num_ranks: int) -> dict[str, ForeignTensor]:
             found[plain] = Strips.whole(value)
     for name, shape in _frozen_shapes(states):
         plain = plain_name(name)
-        pieces = [(tree.get("frozen_param_fragments") or {}).get(name) for tree in states.trees]
-        if not all(isinstance(piece, StoredTensor) for piece in pieces):
+        found_pieces = (
+            (tree.get("frozen_param_fragments") or {}).get(name) for tree in states.trees
+        )
+        pieces = [piece for piece in found_pieces if isinstance(piece, StoredTensor)]
+        if len(pieces) < len(states.trees):
             raise CheckpointError(f"{states.where}: the frozen parameter {name} is not there.")
         if len(pieces) == 1:
             pieces_of = [Strip(pieces[0], 0, prod(shape))]
@@ -338,12 +339,3 @@ def _scheduler_step(state: object) -> int | None:
         return None
     begun = integer(state.get("last_batch_iteration"))
     return begun + 1 if begun is not None else integer(state.get("last_epoch"))
-
-
-def dtype_of_config(config: Mapping[Any, Any]) -> torch.dtype:
-    """The dtype that a DeepSpeed config has the model compute in."""
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        section = config.get(key)
-        if isinstance(section, dict) and section.get("enabled") is True:
-            return dtype
-    return torch.float32

@@ -117,7 +117,7 @@ def flat_fragments(optims: list[Mapping[Any, Any]], states: ModelStates, where: 
     scalars: dict[str, dict[str, float]] = {}
     base = optims[0].get("base_optimizer_state")
     for index, shapes in enumerate(states.shapes):
-        flats = [
+        flats: list[Flat] = [
             _flat_group(optim, optim.get("base_optimizer_state"), index, where) for optim in optims
         ]
         parts = _fitting_parts(optims, flats, index, states, where)

@@ -184,6 +184,11 @@ class PositionedTrainer(transformers.Trainer):
     _data_start: Start | None = None
     _updates_per_pass: int | None = None
 
+    @property
+    def is_hf_speed_enabled(self) -> bool:
+        """Whether this Trainer runs on an engine; without one nothing here does anything."""
+        return False
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - the Trainer's signature
@@ -200,7 +205,10 @@ class PositionedTrainer(transformers.Trainer):
         Raises:
             CheckpointError: the checkpoint's position is none.
         """
-        lengths = _Lengths(*super().set_initial_training_values(args, dataloader))
+        values = super().set_initial_training_values(args, dataloader)
+        if not self.is_hf_speed_enabled:
+            return values
+        lengths = _Lengths(*values)
         is_stream = _is_stream(dataloader)
         self._updates_per_pass = None if is_stream else lengths.num_update_steps_per_epoch
         position = None if self._resumed is None else _position_in(self._resumed)
@@ -222,6 +230,8 @@ class PositionedTrainer(transformers.Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As the base class does; the place in the data is that of the checkpoint, in samples."""
         passes, batches = super()._init_training_state(*args, **kwargs)
+        if not self.is_hf_speed_enabled:
+            return passes, batches
         if self.state.logging_steps is None:
             # An imported checkpoint of no Trainer's says no intervals: they are this run's.
             self.state.compute_steps(self.args, self.state.max_steps)

@@ -37,5 +37,5 @@ def test_peak_memory_is_a_fraction_of_the_model(tmp_path: Path) -> None:
     )
     model = sum(path.stat().st_size for path in (tmp_path / "out" / "large").rglob("*.safetensors"))
     assert model > 70 * MIB
-    # Measured: 15 to 25 MiB, most of it what the allocator keeps of freed tensors.
+    # Measured: around 24 MiB, on either side of it.
     assert peak - before < model / 2

@@ -11,6 +11,7 @@ is being gathered on rank 1.
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def write_model(
     world: AxisGroup,
     extras: Callable[[Path], None] | None = None,
     written: WrittenFiles | None = None,
+    at_once: bool = False,
 ) -> tuple[str, ...]:
     """Write a Hub model: its safetensors files, the index, and what `extras` adds.
 
@@ -68,6 +70,8 @@ def write_model(
         extras: called on rank 0 with a directory; the files that it writes there (config.json)
             appear with the model.
         written: is told the checksums of this rank's files, for `write_states`.
+        at_once: write each value before the next is asked for, without a copy: where all ranks get
+            theirs at the same time.
 
     Returns:
         Names of all files now in `directory` because of this call; on rank 0, extras included.
@@ -81,7 +85,7 @@ def write_model(
     names = [file.name for file in plan.files]
     with staged(staging, world, what):
         with agreed(world, what):
-            records = _write_own_files(staging, plan, parameters, world)
+            records = _write_own_files(staging, plan, parameters, world, at_once=at_once)
             if written is not None:
                 written.note(staging, directory, records)
             if world.rank == 0:
@@ -124,8 +128,8 @@ class _OwnFiles:
         mine = {index for index, _ in self._homes.values()}
         return max((self._plan.files[index].nbytes for index in mine), default=0)
 
-    def take(self, name: str, value: Tensor, background: BackgroundWriter) -> None:
-        """Route one full tensor; it is copied before this returns."""
+    def take(self, name: str, value: Tensor, background: BackgroundWriter | None) -> None:
+        """Route one full tensor; it is copied before this returns, or written on this thread."""
         source = self._plan.aliases.get(name, name)
         if source not in self._expected:
             if source in self._groups:
@@ -139,7 +143,10 @@ class _OwnFiles:
             if target not in self._homes:
                 continue
             index, spec = self._homes[target]
-            host = _host_copy(tensor, spec)
+            if background is None:
+                self._write(index, spec.name, _checked(tensor, spec).to("cpu", spec.dtype))
+                continue
+            host = torch.empty(spec.shape, dtype=spec.dtype).copy_(_checked(tensor, spec))
             job = partial(self._write, index, spec.name, host)
             background.submit(job, nbytes=spec.nbytes)
             del job, host
@@ -183,13 +190,19 @@ class _OwnFiles:
 
 
 def _write_own_files(
-    staging: Path, plan: ModelPlan, parameters: Iterable[tuple[str, Tensor]], world: AxisGroup
+    staging: Path,
+    plan: ModelPlan,
+    parameters: Iterable[tuple[str, Tensor]],
+    world: AxisGroup,
+    *,
+    at_once: bool,
 ) -> dict[str, FileRecord]:
     """Write the files that are this rank's; what is in them."""
     files = _OwnFiles(staging, plan, world)
     failure: Exception | None = None
+    thread = nullcontext() if at_once else BackgroundWriter(limit_bytes=files.limit_bytes)
     try:
-        with BackgroundWriter(limit_bytes=files.limit_bytes) as background:
+        with thread as background:
             for name, value in parameters:
                 if failure is not None:
                     continue  # Other ranks need this one in the gathers that are still to come.
@@ -205,16 +218,15 @@ def _write_own_files(
     return files.records
 
 
-def _host_copy(value: Tensor, spec: TensorSpec) -> Tensor:
-    """A CPU copy in the planned dtype that shares nothing with `value`."""
+def _checked(value: Tensor, spec: TensorSpec) -> Tensor:
+    """The value, if it is what the plan says but for the precision of floats."""
     both_float = value.is_floating_point() and spec.dtype.is_floating_point
     if tuple(value.shape) != spec.shape or not (value.dtype == spec.dtype or both_float):
         raise CheckpointError(
             f"{spec.name} came as {tuple(value.shape)} {value.dtype}; the plan has {spec.shape} "
             f"{spec.dtype}. Plan again after the model has changed."
         )
-    host = torch.empty(spec.shape, dtype=spec.dtype)
-    return host.copy_(value)
+    return value
 
 
 def _others(staging: Path) -> list[str]:

@@ -4,12 +4,15 @@
 go there alone, which is a size-th of the bytes, and are read when their turn comes, which a save
 that runs behind the training awaits on its own thread (`checkpoint/held.py`).
 
-    part of each rank -> isend to the ranks that write anything of the group -> scratch -> views
+    rounds of one parameter for each writer:  parts -> isend to the writer -> whole there, yielded
 
-For whole models in host memory, divided over `dp_shard` at most. Others are gathered.
+So all ranks write at the same time, each from memory for one parameter. For models in host memory,
+divided over `dp_shard` at most. Others are gathered.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,8 +24,8 @@ from hf_speed.checkpoint.saver import Save
 from hf_speed.engine.assemble import Parts
 from hf_speed.errors import CheckpointError
 from hf_speed.mesh import AxisGroup, Lane
-from hf_speed.mesh.collectives import collect_flat
-from hf_speed.shard.layout import Slot
+from hf_speed.mesh.collectives import exchange
+from hf_speed.shard.layout import SlotPiece
 from hf_speed.zero.group import FlatGroup
 
 if TYPE_CHECKING:
@@ -34,25 +37,24 @@ RanksOf = Callable[[str], frozenset[int]]
 Delivery = Callable[[RanksOf], Iterator[tuple[str, Tensor]]]
 
 
-class _Parted(NamedTuple):
-    """A group of which each rank has a part, and who wants all of it."""
-
-    group: FlatGroup
-    held: Held | None
-    dtype: torch.dtype
-    wanted_by: tuple[int, ...]
-    """Places in the gather group."""
-
-
 class _Item(NamedTuple):
-    """One parameter: whole here, or a slot of a parted group, or of no use on this rank."""
+    """One parameter.
+
+    Attributes:
+        name: full name.
+        dtype: that it is delivered in.
+        shape: of the whole.
+        wanted_by: places in the gather group.
+        held: what this rank has of it, where somebody wants that: (numel,), or all of it, shaped.
+        parts: place -> what that has of it; empty where every rank has all of it.
+    """
 
     name: str
     dtype: torch.dtype
-    slot: Slot
-    whole: Held | None
-    parted: _Parted | None
-    is_wanted: bool = True
+    shape: tuple[int, ...]
+    wanted_by: tuple[int, ...]
+    held: Held | None
+    parts: Mapping[int, SlotPiece]
 
 
 def can_deliver(parts: Parts) -> bool:
@@ -73,7 +75,7 @@ def can_deliver(parts: Parts) -> bool:
 def deliver_parameters(
     engine: "Engine", ranks_of: RanksOf, save: Save, *, master: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters; those that this rank does not write are on meta.
+    """Whole parameters in an order of its own; those that this rank does not write are on meta.
 
     Collective now, and again while it is iterated: every rank does so, to the end.
 
@@ -94,29 +96,46 @@ def deliver_parameters(
     axis = parts.mesh.axis("dp_shard", lane=Lane.SAVE if save.is_behind else Lane.GATHER)
     me = parts.mesh.world.rank
     ranks = [me] if axis.group is None else dist.get_process_group_ranks(axis.group)
-    places = {slot.name: (group, slot) for group in parts.groups for slot in group.layout.slots}
-    parted: dict[int, _Parted] = {}
-    items = []
-    for name in parts.catalogue.records:
-        group, slot = places[name]
-        is_wanted = me in ranks_of(name)
+    items = {}
+    for group in parts.groups:
         whole, dtype = _whole(group, master=master)
-        if whole is not None:
-            owners = [each.parameter for each in group.entries if each.name == name]
-            value = group.slot_view(whole, slot)
-            held = save.hold(value, name, owners) if is_wanted else None
-            items.append(_Item(name, dtype, slot, held, None))
-            continue
-        if id(group) not in parted:
-            names = [each.name for each in group.layout.slots]
-            wanting = frozenset[int]().union(*(ranks_of(each) for each in names))
-            wanted_by = tuple(place for place, rank in enumerate(ranks) if rank in wanting)
-            held = save.hold(group.master, group.name, group.pieces) if wanted_by else None
-            parted[id(group)] = _Parted(group, held, dtype, wanted_by)
-        items.append(_Item(name, dtype, slot, None, parted[id(group)], is_wanted=is_wanted))
-    # Group by group, since each is collected once; which parameter comes first is all one.
-    order = {id(item.parted): place for place, item in reversed([*enumerate(items)])}
-    return _iterate(sorted(items, key=lambda item: order[id(item.parted)]), axis)
+        spread = _spread(group) if whole is None else {}
+        owners = {entry.name: entry.parameter for entry in group.entries}
+        held_by = zip(group.piece_slots(), group.pieces, strict=True)
+        pieces = {slot_piece.index: [piece] for slot_piece, piece in held_by}
+        for index, slot in enumerate(group.layout.slots):
+            writers = ranks_of(slot.name)
+            wanted_by = tuple(place for place, rank in enumerate(ranks) if rank in writers)
+            places = spread.get(index, {})
+            held = None
+            if whole is not None and axis.rank in wanted_by:
+                value = group.slot_view(whole, slot)
+                held = save.hold(value, slot.name, [owners[slot.name]])
+            elif axis.rank in places and wanted_by:
+                mine = places[axis.rank]
+                value = group.master[mine.part_start : mine.part_start + mine.numel]
+                held = save.hold(value, slot.name, pieces.get(index, ()))
+            items[slot.name] = _Item(slot.name, dtype, slot.shape, wanted_by, held, places)
+    return _iterate(_rounds([items[name] for name in parts.catalogue.records]), axis)
+
+
+def _spread(group: FlatGroup) -> dict[int, dict[int, SlotPiece]]:
+    """Slot -> place in the gather group -> what that has of it."""
+    found: dict[int, dict[int, SlotPiece]] = {}
+    for place in range(group.axes.gather.size):
+        for piece in group.layout.pieces(place):
+            found.setdefault(piece.index, {})[place] = piece
+    return found
+
+
+def _rounds(items: Sequence[_Item]) -> list[list[_Item]]:
+    """In each round one item for each place that writes; those that none here writes at the end."""
+    queues: dict[int, list[_Item]] = {}
+    for item in items:
+        queues.setdefault(item.wanted_by[0] if item.wanted_by else -1, []).append(item)
+    unwanted = queues.pop(-1, [])
+    dealt = zip_longest(*(queues[place] for place in sorted(queues)))
+    return [*([item for item in each if item is not None] for each in dealt), unwanted]
 
 
 def _whole(group: FlatGroup, *, master: bool) -> tuple[Tensor | None, torch.dtype]:
@@ -130,46 +149,56 @@ def _whole(group: FlatGroup, *, master: bool) -> tuple[Tensor | None, torch.dtyp
     return None, dtype
 
 
-def _iterate(items: Sequence[_Item], axis: AxisGroup) -> Iterator[tuple[str, Tensor]]:
+def _iterate(rounds: Sequence[Sequence[_Item]], axis: AxisGroup) -> Iterator[tuple[str, Tensor]]:
     failure: CheckpointError | None = None
-    full: Tensor | None = None
-    current: _Parted | None = None
-    scratch: dict[torch.dtype, Tensor] = {}
-    for item in items:
-        if item.parted is not None and item.parted is not current:
-            current = item.parted
-            try:
-                full = _collect(current, axis, scratch)
-            except CheckpointError as error:
-                # The other ranks need this one in what is still to come.
-                failure, full = failure or error, None
-        if item.whole is not None:
-            try:
-                with item.whole.reading() as value:
-                    yield item.name, value
-            except CheckpointError as error:
-                failure = failure or error
-        elif item.parted is not None and item.is_wanted and full is not None:
-            yield item.name, item.parted.group.slot_view(full, item.slot)
-        else:
-            yield item.name, torch.empty(item.slot.shape, dtype=item.dtype, device="meta")
+    memory: dict[tuple[int, torch.dtype], Tensor] = {}
+    for items in rounds:
+        wholes: dict[str, Tensor] = {}
+        try:
+            wholes = _collect(items, axis, memory)
+        except CheckpointError as error:
+            # The other ranks need this one in the rounds that are still to come.
+            failure = failure or error
+        for item in items:
+            if item.name in wholes:
+                yield item.name, wholes[item.name]
+            elif item.held is not None and not item.parts:
+                try:
+                    with item.held.reading() as value:
+                        yield item.name, value
+                except CheckpointError as error:
+                    failure = failure or error
+            else:
+                device = "cpu" if axis.rank in item.wanted_by else "meta"
+                yield item.name, torch.empty(item.shape, dtype=item.dtype, device=device)
     if failure is not None:
         raise failure
 
 
-def _collect(parted: _Parted, axis: AxisGroup, scratch: dict[torch.dtype, Tensor]) -> Tensor | None:
-    """This group's full buffer where this rank wants it."""
-    if parted.held is None:
-        return None
-    group, dtype = parted.group, parted.dtype
-    full: Tensor | None = None
-    with parted.held.reading() as part:
-        if axis.rank in parted.wanted_by:
-            numel = group.layout.padded_numel
-            if scratch.get(dtype, torch.empty(0)).numel() < numel:
-                scratch[dtype] = torch.empty(numel, dtype=dtype)
-            full = scratch[dtype][:numel]
-            group.part_of(full).copy_(part)
-        mine = part.to(dtype) if full is None else group.part_of(full)
-        collect_flat(mine, full, group=axis, receivers=parted.wanted_by).wait()
-    return full
+def _collect(
+    items: Sequence[_Item], axis: AxisGroup, memory: dict[tuple[int, torch.dtype], Tensor]
+) -> dict[str, Tensor]:
+    """The parameters of a round that this rank writes, as far as they have to be put together."""
+    wholes: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        pending = []
+        for number, item in enumerate(each for each in items if each.parts):
+            mine, into = None, dict[int, Tensor]()
+            if item.held is not None:
+                mine = stack.enter_context(item.held.reading()).to(item.dtype)
+            if axis.rank in item.wanted_by:
+                numel = torch.Size(item.shape).numel()
+                whole = memory.get((number, item.dtype), torch.empty(0))
+                if whole.numel() < numel:
+                    whole = memory[number, item.dtype] = torch.empty(numel, dtype=item.dtype)
+                wholes[item.name] = whole[:numel].view(item.shape)
+                into = {
+                    place: whole[part.start : part.start + part.numel]
+                    for place, part in item.parts.items()
+                }
+                if mine is not None:
+                    into.pop(axis.rank).copy_(mine)
+            pending.append(exchange(mine, item.wanted_by, into, group=axis))
+        for each in pending:
+            each.wait()
+    return wholes

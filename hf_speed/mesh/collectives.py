@@ -11,7 +11,7 @@ order, and no 16-bit partial sums. On CUDA the same holds for 16-bit buffers, as
 ones, where partial sums lose nothing, use NCCL's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -107,39 +107,35 @@ def all_gather_flat(full: Tensor, *, group: AxisGroup, journal: Journal) -> Pend
     return Pending(works, lambda: full, what=what, check=check)
 
 
-def collect_flat(
-    mine: Tensor, full: Tensor | None, *, group: AxisGroup, receivers: Sequence[int]
-) -> Pending[Tensor]:
-    """Bring the slices of a flat tensor together on some of the ranks. Not in the journal.
+def exchange(
+    mine: Tensor | None,
+    receivers: Sequence[int],
+    into: Mapping[int, Tensor],
+    *,
+    group: AxisGroup,
+) -> Pending[Mapping[int, Tensor]]:
+    """Bring the parts of a tensor to some of the ranks. Not in the journal.
 
     Args:
-        mine: (n,) this rank's slice, in host memory; not written before the wait.
-        full: (group.size * n,) contiguous, with this rank's slice in its place; None where this
-            rank is no receiver.
-        group: the ranks; used by one thread.
+        mine: this rank's part, contiguous, in host memory; not written before the wait.
         receivers: places in the group, the same on every rank.
+        into: on a receiver: place -> where the part of that rank goes, contiguous.
+        group: the ranks; used by one thread.
 
     Returns:
-        Pending of `full`, or of `mine` where there is none. n elements sent to each other receiver.
+        Pending of `into`. `mine` is sent once to each other receiver.
     """
-    what = f"collecting {mine.nbytes} bytes a rank over {group.label}"
-    if group.is_identity:
-        return Pending((), lambda: mine, what=what)
 
     def start() -> list[dist.Work]:
-        others = [peer for peer in range(group.size) if peer != group.rank]
-        parts = [] if full is None else _parts(full, group)
-        works = [
-            *(
-                dist.irecv(parts[peer], group=group.group, group_src=peer)
-                for peer in others
-                if parts
-            ),
-            *(dist.isend(mine, group=group.group, group_dst=p) for p in receivers if p in others),
-        ]
+        # Receives first: a send that finds its receive posted needs no handshake.
+        works = [dist.irecv(part, group=group.group, group_src=p) for p, part in into.items()]
+        if mine is not None:
+            others = [place for place in receivers if place != group.rank]
+            works += [dist.isend(mine, group=group.group, group_dst=place) for place in others]
         return [work for work in works if work is not None]
 
-    return Pending(guard(what, start), lambda: mine if full is None else full, what=what)
+    what = f"an exchange of parts over {group.label}"
+    return Pending(guard(what, start), lambda: into, what=what)
 
 
 def reduce_scatter_flat(

@@ -138,6 +138,7 @@ def save_hub_model(
             world=save.group,
             extras=extras,
             written=save.written,
+            at_once=callable(parameters),
         )
     )
 

@@ -50,7 +50,7 @@ class Behind(NamedTuple):
     """One save beside the training, on one rank."""
 
     stall_s: float
-    """For which the call kept the training."""
+    """For which the call, and what it put off, kept the training."""
     whole_s: float
     """From the call until all is on disk, seen at the end of a step."""
     steps_s: list[float]
@@ -120,6 +120,10 @@ class Trainee:
         """Whether that save is done, as far as this rank knows."""
         raise NotImplementedError
 
+    def put_off_s(self) -> float:
+        """Seconds for which saves have kept the training after their call had returned, in all."""
+        return 0.0
+
     def train(self, count: int) -> list[float]:
         """Seconds of each step."""
         return [self._step() for _ in range(count)]
@@ -144,6 +148,7 @@ class Trainee:
 
     def behind(self, place: str) -> Behind:
         """See the module."""
+        put_off = self.put_off_s()
         begin = self._together()
         self.start_behind(place)
         stall = time.perf_counter() - begin
@@ -152,6 +157,7 @@ class Trainee:
             if len(steps) == PATIENCE:
                 raise RuntimeError(f"the save was not whole after {PATIENCE} steps")
             steps.append(self._step())
+        stall += self.put_off_s() - put_off
         return Behind(stall, time.perf_counter() - begin, steps)
 
     def load(self, place: str) -> float:
@@ -207,6 +213,10 @@ class Ours(Trainee):
     def start_behind(self, place: str) -> None:
         """With checkpoint.asynchronous."""
         self._submit(place, self._engine.saves.begin(f"Saving {place}"))
+
+    def put_off_s(self) -> float:
+        """What a step is about to change is copied just before it."""
+        return self._engine.saves.secured_s
 
     def is_whole(self, place: str) -> bool:
         """The manifest is written last."""

@@ -260,11 +260,12 @@ class CheckpointConfig:
     """How checkpoints are written."""
 
     max_shard_bytes: int = 5 * GIB
-    """Largest safetensors file of the model in bytes, 1 KiB to 1 TiB. One such file is in host
-    memory at a time."""
+    """Largest safetensors file of the model in bytes, 1 KiB to 1 TiB. At most one such file is in
+    host memory at a time."""
     asynchronous: bool = False
-    """Write behind the training, from a copy of what this rank saves in host memory (about 14 bytes
-    a parameter of its share with bf16 and Adam); the next save waits for the one before."""
+    """Write behind the training; the next save waits for the one before. What this rank saves
+    (about 14 bytes a parameter of its share with bf16 and Adam) is copied to host memory, of a
+    model that is there already only what is not written by the next step."""
     mirror: str | None = None
     """Address of fsspec, as in 's3://bucket/run', to which every finished checkpoint is copied, by
     all ranks; `latest` there names the newest. Nothing is removed there. AUTO: none."""

@@ -143,7 +143,7 @@ def test_exports_are_judged_by_memory_against_zero_to_fp32_alone() -> None:
     mine, theirs = Ran(1.0, 300 * MIB), Ran(2.0, 1000 * MIB)
     found = {each.label: [mine] for each in checkpoint_export.EXPORTERS[:2]}
     found |= {each.label: [theirs] for each in checkpoint_export.EXPORTERS[2:]}
-    rows = checkpoint_export.rows_of(found, "toy")
+    rows = checkpoint_export.rows_of(found, "toy", bar="<=0.3")
     judged = [row for row in rows if row.bar is not None]
     assert [row.peer for row in judged] == [checkpoint_export.JUDGED.label] * 2
     assert all(row.ratio == pytest.approx(0.3) and row.holds for row in judged)

@@ -11,9 +11,9 @@ STATE = ("parameters", "gradients", "optimizer state")
 TOLERANCE = 1e-6
 """Of losses after a resume on the same number of processes; they should be equal."""
 
-MOVED_TOLERANCE = 1e-3
+MOVED_TOLERANCE = 1e-4
 """Of losses after a resume on another number: the same sums in another order, in fp32, whose
-differences of 1e-7 grow with every step of the training that follows."""
+differences of 1e-7 (what 20 steps showed on a CPU) may grow with every step that follows."""
 
 
 def read(path: Path) -> Any:

@@ -156,6 +156,8 @@ def _child(fn: Callable[..., Any], rank: int, world: _World, args: tuple[Any, ..
             dist.init_process_group(
                 world.backend, store=store, rank=rank, world_size=world.world_size, timeout=timeout
             )
+            # A rank that fails at once must not end while another still connects to it.
+            dist.barrier()
         torch.save(fn(*args), directory / f"result-{rank}")
     except BaseException:  # noqa: BLE001  SystemExit included: what ended the rank is its report.
         (directory / f"error-{rank}").write_text(traceback.format_exc())

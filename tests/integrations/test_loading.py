@@ -308,5 +308,6 @@ def test_loading_takes_its_slices_and_at_most_one_file(tmp_path: Path) -> None:
     llama(**shapes).save_pretrained(tmp_path, max_shard_size="24MB")
     file = max(each.stat().st_size for each in tmp_path.glob("*.safetensors"))
     for peak, model_bytes in run_ranks(_peak, 2, str(tmp_path)):
-        # 8 MiB: what the allocator keeps of buffers that were given back.
-        assert peak < model_bytes / 2 + file + (8 << 20)
+        # 16 MiB: what the allocator keeps of buffers that were given back; a second file is more.
+        assert file > 20 << 20
+        assert peak < model_bytes / 2 + file + (16 << 20)

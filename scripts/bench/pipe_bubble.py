@@ -235,11 +235,7 @@ def zero_bubble_rows(heat: Heat, found: dict[str, list[Measured]]) -> list[Row]:
 
 
 def heats(args: argparse.Namespace) -> list[Heat]:
-    """What is run: p=4 with m=16, where ZB-V's bar is, eight processes, and ZB-V's bar once more.
-
-    What comes between two sleeps does not grow with them. Its share of ZB-V's step at two lengths
-    tells it from a bubble of the schedule, which would keep its share.
-    """
+    """What is run: p=4 with m=16, where ZB-V's bar is, and eight processes."""
     every = tuple(SCHEDULES)
     if args.schedules:
         every = tuple(args.schedules.split(","))
@@ -247,13 +243,22 @@ def heats(args: argparse.Namespace) -> list[Heat]:
         few = tuple(name for name in ("1f1b", "zb_v") if name in every)
         return [Heat(4, 16, few, Times(*[0.07] * 3), rounds=1, steps=1)]
     times = Times(*[args.sleep_ms * 1e-3] * 3)
-    zero = tuple(name for name in ("1f1b", "zb_v") if name in every)
-    longer = Times(*[1.5 * args.sleep_ms * 1e-3] * 3)
     return [
         Heat(4, 16, every, times, rounds=3, steps=2),
         Heat(8, 16, every, times, rounds=3, steps=1),
-        Heat(4, 16, zero, longer, rounds=3, steps=1),
     ]
+
+
+def run_heat(heat: Heat, systems: Sequence[str], *, urgent: bool = False) -> list[Row]:
+    """Start the heat's processes, measure, and compare."""
+    task = Task(f"p={heat.ranks}", heat.ranks, Sleeper, urgent=urgent)
+    with cores_awake(), worlds([task]) as started:
+        found = measure(heat, started[task.name], systems)
+    for name, each in found.items():
+        seconds = statistics.median(one.seconds for one in each)
+        bubble = statistics.median(one.bubble for one in each)
+        progress(f"p={heat.ranks} {name}: {1e3 * seconds:.1f} ms a step, {bubble:.1%} idle\n")
+    return rows_of(heat, found)
 
 
 def main() -> int:
@@ -270,16 +275,7 @@ def main() -> int:
     )
     args = made.parse_args()
     systems = [name for name in ("torch", "ours") if not args.only or name in args.only.split(",")]
-    rows: list[Row] = []
-    for heat in heats(args):
-        task = Task(f"p={heat.ranks}", heat.ranks, Sleeper, urgent=args.urgent)
-        with cores_awake(), worlds([task]) as started:
-            found = measure(heat, started[task.name], systems)
-        for name, each in found.items():
-            seconds = statistics.median(one.seconds for one in each)
-            bubble = statistics.median(one.bubble for one in each)
-            progress(f"p={heat.ranks} {name}: {1e3 * seconds:.1f} ms a step, {bubble:.1%} idle\n")
-        rows += rows_of(heat, found)
+    rows = [row for heat in heats(args) for row in run_heat(heat, systems, urgent=args.urgent)]
     whole = len(systems) == 2 and not args.schedules and not args.urgent
     return finish(rows, args, complete=whole)
 

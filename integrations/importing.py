@@ -29,6 +29,7 @@ from hf_speed.engine.saved_run import (
     dtype_name,
 )
 from hf_speed.errors import CheckpointError, ConfigError
+from hf_speed.integrations.numbering import name_states
 from hf_speed.integrations.transformers.describe import meta_model
 from hf_speed.integrations.transformers.hub import (
     HubConfigs,
@@ -131,6 +132,8 @@ def _write(
     _refuse_adapters(foreign)
     notes: list[str] = []
     model = None if home is None else meta_model(str(home))
+    if foreign.numbered is not None:
+        foreign = name_states(model, foreign, notes)
     if model is None:
         notes.append(
             f"{foreign.home} has no {CONFIG_NAME}: tensors keep their names, and from_pretrained "

@@ -40,8 +40,9 @@ def require_resumable(checkpoint: str) -> None:
     if (home / OPTIMIZER_NAME).is_file() and not has_engine_state(checkpoint):
         raise ConfigError(
             f"{checkpoint} was written without hf_speed: its {OPTIMIZER_NAME} holds whole tensors "
-            f"by number. Start from its weights alone (from_pretrained({checkpoint!r})), or resume "
-            f"it with hf_speed=None."
+            f"by number. Import it (hf-speed import {checkpoint} NEW_DIR) and resume that, start "
+            f"from its weights alone (from_pretrained({checkpoint!r})), or resume it with "
+            f"hf_speed=None."
         )
     if has_engine_state(checkpoint) or not has_weights_only(checkpoint):
         read_manifest(checkpoint)

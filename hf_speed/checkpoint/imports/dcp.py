@@ -21,6 +21,7 @@ from hf_speed.checkpoint.imports.foreign import (
     Foreign,
     ForeignTensor,
     Strips,
+    grad_scaler,
     hyperparameters,
     integer,
     mapping,
@@ -178,7 +179,7 @@ class _Collected:
             trained=(members or frozenset(self.states)) if has_optimizer else None,
             param_groups=groups if has_optimizer else None,
             optimizer=optimizer_name(kinds, groups) if has_optimizer else None,
-            loss_scale=_loss_scale(directory / "scaler.pt"),
+            loss_scale=grad_scaler(directory / "scaler.pt"),
             step=int(max(steps)) if steps else None,
             stage=3,
             num_ranks=num_ranks,
@@ -385,14 +386,3 @@ def _dtype_of(properties: object, key: str, where: str) -> torch.dtype:
         if isinstance(dtype, torch.dtype):
             return dtype
     raise CheckpointError(f"{where} does not say the dtype of {key}.")
-
-
-def _loss_scale(path: Path) -> dict[str, float] | None:
-    """What a GradScaler saved beside an fp16 run."""
-    if not path.is_file():
-        return None
-    state = mapping(load_archive(path), "the file", str(path))
-    scale, good = number(state.get("scale")), number(state.get("_growth_tracker"))
-    if scale is None:
-        return None
-    return {"scale": scale, "good_steps": good or 0.0, "tolerance": 1.0}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hf_speed.checkpoint.imports.archive import StoredTensor
+from hf_speed.checkpoint.imports.archive import StoredTensor, load_archive
 from hf_speed.errors import CheckpointError
 from hf_speed.shard.reshard import Box, cover_error
 
@@ -156,6 +156,24 @@ class Boxes(NamedTuple):
         return out
 
 
+class Numbered(NamedTuple):
+    """The state of an optimizer whose parameters have numbers.
+
+    Attributes:
+        path: of the file.
+        groups: numbers by group, in the order of the optimizer.
+        settings: hyperparameters by group.
+        states: number -> kind -> moment.
+        scalars: number -> kind -> counter, such as "step".
+    """
+
+    path: Path
+    groups: tuple[tuple[int, ...], ...]
+    settings: tuple[Mapping[str, Any], ...]
+    states: Mapping[int, Mapping[str, ForeignTensor]]
+    scalars: Mapping[int, Mapping[str, float]]
+
+
 class Foreign(NamedTuple):
     """A checkpoint of another framework.
 
@@ -175,6 +193,7 @@ class Foreign(NamedTuple):
         num_ranks: that wrote it.
         home: directory of what belongs to the model: config.json, tokenizer, trainer_state.json.
         scheduler_step: steps that the learning rate's schedule has taken; None where unknown.
+        numbered: the optimizer's state where it has numbers and no names.
     """
 
     origin: str
@@ -192,6 +211,7 @@ class Foreign(NamedTuple):
     stage: int | None = None
     num_ranks: int = 1
     scheduler_step: int | None = None
+    numbered: Numbered | None = None
 
 
 def plain_name(name: str) -> str:
@@ -301,3 +321,14 @@ def optimizer_name(
     if present == {"momentum_buffer"}:
         return "SGD"
     return "Adagrad" if present == {"sum"} else None
+
+
+def grad_scaler(path: Path) -> dict[str, float] | None:
+    """What a GradScaler saved beside an fp16 run, in the terms of ours; None without the file."""
+    if not path.is_file():
+        return None
+    state = mapping(load_archive(path), "the file", str(path))
+    scale, good = number(state.get("scale")), number(state.get("_growth_tracker"))
+    if scale is None:
+        return None
+    return {"scale": scale, "good_steps": good or 0.0, "tolerance": 1.0}

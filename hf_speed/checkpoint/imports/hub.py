@@ -1,4 +1,7 @@
-"""Plain Hub models: weights alone, in safetensors files or in those of torch.save."""
+"""Hub models, in safetensors files or in those of torch.save, as a plain Trainer leaves them.
+
+Beside the weights there may be an optimizer's state, by number: `numbered.py`.
+"""
 
 import os
 from pathlib import Path
@@ -6,7 +9,15 @@ from typing import Any
 
 from hf_speed.checkpoint.header import DTYPE_OF_CODE, read_header
 from hf_speed.checkpoint.imports.archive import Extent, StoredTensor, load_archive
-from hf_speed.checkpoint.imports.foreign import Foreign, Strips, mapping, plain_name, text
+from hf_speed.checkpoint.imports.foreign import (
+    Foreign,
+    Strips,
+    grad_scaler,
+    mapping,
+    plain_name,
+    text,
+)
+from hf_speed.checkpoint.imports.numbered import read_numbered
 from hf_speed.checkpoint.plan import INDEX_NAME, SINGLE_NAME
 from hf_speed.checkpoint.strict_json import load_json
 from hf_speed.errors import CheckpointError
@@ -25,7 +36,7 @@ def is_hub_model(directory: Path) -> bool:
 
 
 def open_hub(directory: Path, *, home: Path) -> Foreign:
-    """A Hub model. There is no optimizer: a run that resumes from it begins at step 0.
+    """A Hub model. Without an optimizer's state, a run that resumes from it begins at step 0.
 
     Args:
         directory: with the weights.
@@ -48,6 +59,8 @@ def open_hub(directory: Path, *, home: Path) -> Foreign:
         weights=weights,
         dtypes={name: value.dtype for name, value in weights.items()},
         home=home,
+        loss_scale=grad_scaler(directory / "scaler.pt"),
+        numbered=read_numbered(directory),
     )
 
 

@@ -42,11 +42,11 @@ def test_a_save_counts_as_its_slowest_rank_and_largest_memory(tmp_path: Path) ->
 
 def test_rows_of_time_judge_what_is_on_disk_and_report_what_returns() -> None:
     found = {OURS.label: [Saved(0.5, 0.8, 0)] * 3, "peer": [Saved(0.4, 1.0, 0)] * 3}
-    judged, reported = checkpoint_save.time_rows(found, "ext4", "toy")
+    judged, reported = checkpoint_save.time_rows(found, "ext4", "toy", bar="<=0.8")
     assert (judged.ratio, judged.bar, judged.holds) == (pytest.approx(0.8), "<=0.8", True)
     assert (reported.ratio, reported.bar) == (pytest.approx(2.0), None)
     found[OURS.label][1] = found[OURS.label][2] = Saved(0.5, 0.9, 0)
-    assert not checkpoint_save.time_rows(found, "ext4", "toy")[0].holds
+    assert not checkpoint_save.time_rows(found, "ext4", "toy", bar="<=0.8")[0].holds
 
 
 def test_the_row_of_memory_judges_the_worst_save_against_a_file() -> None:

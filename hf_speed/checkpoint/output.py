@@ -69,11 +69,11 @@ class OutputFile:
         """
         hashed = xxhash.xxh3_128()
         head = min(-offset % PAGE_BYTES, data.numel())
-        body = (data.numel() - head) // PAGE_BYTES * PAGE_BYTES if self.is_direct else 0
+        stop = head + (data.numel() - head) // PAGE_BYTES * PAGE_BYTES
         self._write_cached(offset, data[:head], hashed)
         done = head
-        while done < head + body and self.is_direct:
-            done += self._write_block(offset + done, data[done : head + body], hashed)
+        while done < stop and self._direct is not None:
+            done += self._write_block(self._direct, offset + done, data[done:stop], hashed)
         self._write_cached(offset + done, data[done:], hashed)
         return hashed.hexdigest()
 
@@ -92,18 +92,20 @@ class OutputFile:
             os.close(self._direct)
             self._direct = None
 
-    def _write_block(self, offset: int, data: Tensor, hashed: xxhash.xxh3_128) -> int:
+    def _write_block(
+        self, descriptor: int, offset: int, data: Tensor, hashed: xxhash.xxh3_128
+    ) -> int:
         """Write the first block of whole pages; how many bytes that was. 0: not past the cache."""
         if self._block is None:
             self._block = _aligned(BLOCK_BYTES)
         size = min(data.numel(), BLOCK_BYTES)
         block = self._block[:size].copy_(data[:size]).numpy().data
         try:
-            _write_at(self._direct, offset, block)
+            _write_at(descriptor, offset, block)
         except OSError as error:
             if error.errno not in _NO_DIRECT:
                 raise
-            os.close(self._direct)
+            os.close(descriptor)
             self._direct = None
             return 0
         hashed.update(block)

@@ -267,7 +267,7 @@ class Dcp(Trainee):
         """`fully_shard`, as in `peers`."""
         self._consolidate = consolidate
         self._future: Any = None
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
         super().__init__(peers.fsdp2(shape, dtype, "cpu"), shape, rank)
 
     def consolidating(self, yes: bool) -> None:  # noqa: FBT001 - a command takes its value by place

@@ -27,6 +27,9 @@ _READ_BYTES = 1 << 30
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
+_ENCRYPTED = 1
+"""Bit of a zip entry's flags."""
+
 
 class Extent(NamedTuple):
     """Bytes of a file."""
@@ -226,8 +229,8 @@ def _open_zip(window: Extent) -> tuple[dict[str, Extent], bytes]:
 
 
 def _record(stream: _Window, window: Extent, entry: zipfile.ZipInfo) -> Extent:
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{entry.filename} is compressed")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
+        raise ValueError(f"{entry.filename} is compressed or encrypted")
     # The local header repeats the name, and pads so that the data is aligned.
     stream.seek(entry.header_offset)
     magic, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))

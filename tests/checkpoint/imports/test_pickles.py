@@ -180,6 +180,18 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         load_archive(path)
 
 
+def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    torch.save([1], path)
+    data = bytearray(path.read_bytes())
+    # The flags of data.pkl in the directory at the end of the zip, 8 bytes into its entry.
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="compressed or encrypted"):
+        load_archive(path)
+
+
 def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     torch.save({"a": torch.arange(1000)}, path)

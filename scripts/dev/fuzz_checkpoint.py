@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["hf_speed.checkpoint"]):
     from hf_speed.checkpoint.manifest import Manifest
     from hf_speed.checkpoint.tensorfile import write_tensors
 
-from hf_speed.errors import CheckpointError
+from hf_speed.errors import CheckpointError  # noqa: E402
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="hf_speed-fuzz-"))
 

@@ -43,6 +43,7 @@ from hf_speed.integrations.transformers.checkpoints import (
 from hf_speed.integrations.transformers.loading import sliced_loading, slices_wanted
 from hf_speed.integrations.transformers.metrics import StepMeter
 from hf_speed.integrations.transformers.position import PositionedTrainer
+from hf_speed.integrations.transformers.pushes import without_run_files
 from hf_speed.integrations.transformers.resume import last_whole_checkpoint, require_resumable
 
 
@@ -331,8 +332,13 @@ class HfSpeedTrainerMixin(PositionedTrainer):
         """As the base class does, when the files are there."""
         if self.speed_engine is not None:
             self.speed_engine.saves.wait()
-        with whole_arguments(self.args, self._running):
+        with whole_arguments(self.args, self._running), without_run_files():
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does, without the file that names the newest checkpoint."""
+        with without_run_files():
+            return super().push_to_hub(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class does, after the last save.

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_speed
 from hf_speed.cli import main
 from hf_speed.errors import CheckpointError
-from tests.integrations.toys import llama
+from tests.integrations.toys import llama, stage, trainer
 
 NAME = "my-org/my-model"
 
@@ -50,8 +50,18 @@ def session(checkpoint: str, scratch: str) -> dict[str, Any]:
         torch.equal(left, right)
         for left, right in zip(live.parameters(), llama(seed=4).parameters(), strict=True)
     )
+    saw["run"] = _pushed_run(Path(scratch).with_name("run"))
     saw["left behind"] = sorted(path.name for path in Path(scratch).iterdir())
     return saw
+
+
+def _pushed_run(home: Path) -> list[str]:
+    """Let the Trainer push each checkpoint and, in the end, its directory; what that holds."""
+    options: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "my-org/run"}
+    made = trainer(home, stage(0), max_steps=1, save_strategy="steps", save_steps=1, **options)
+    made.train()
+    made.push_to_hub()
+    return sorted(path.name for path in home.iterdir())
 
 
 def refused(checkpoint: str) -> str:

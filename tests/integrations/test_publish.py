@@ -237,10 +237,14 @@ def test_what_is_pushed_loads_by_its_name(
         )
         assert done.returncode == 0, done.stderr
         saw = json.loads(done.stdout.splitlines()[-1])
+    kept, pushed = saw.pop("run"), server.repositories["my-org/run"].branches["main"].files
+    assert {"latest", "checkpoint-1", "model.safetensors"} <= set(kept)
+    assert {"model.safetensors", "config.json"} <= set(pushed)
+    assert not [name for name in pushed if "latest" in name or "checkpoint" in name]
     message, repository = saw.pop("refused"), server.repositories[NAME]
     assert message.startswith(f"The Hub did not take {NAME}: ")
     assert "Log in with `hf auth login` or set HF_TOKEN" in message
-    commits = [each for each in server.requests if "/commit/" in each]
+    commits = [each for each in server.requests if "/commit/" in each and "/run/" not in each]
     assert server.requests[0] == "POST /api/repos/create"
     assert len(commits) == 4, "the refused one is not among them, and each push is one"
     directory, url, files = saw.pop("first")

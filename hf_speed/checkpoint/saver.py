@@ -134,6 +134,7 @@ class Saver:
             CheckpointError: on every rank, if that one failed.
         """
         self.wait()
+        self.held.clear()
         return Save(self, what)
 
     def submit(self, job: _Job) -> None:

@@ -100,7 +100,7 @@ def deliver_parameters(
     for group in parts.groups:
         whole, dtype = _whole(group, master=master)
         spread = _spread(group) if whole is None else {}
-        owners = {entry.name: entry.parameter for entry in group.entries}
+        parameters = {entry.name: entry.parameter for entry in group.entries}
         held_by = zip(group.piece_slots(), group.pieces, strict=True)
         pieces = {slot_piece.index: [piece] for slot_piece, piece in held_by}
         for index, slot in enumerate(group.layout.slots):
@@ -110,7 +110,9 @@ def deliver_parameters(
             held = None
             if whole is not None and axis.rank in wanted_by:
                 value = group.slot_view(whole, slot)
-                held = save.hold(value, slot.name, [owners[slot.name]])
+                is_master = whole is not group.full
+                owners = pieces.get(index, ()) if is_master else [parameters[slot.name]]
+                held = save.hold(value, slot.name, owners)
             elif axis.rank in places and wanted_by:
                 mine = places[axis.rank]
                 value = group.master[mine.part_start : mine.part_start + mine.numel]

@@ -106,7 +106,8 @@ class _Run:
         return may_read
 
 
-def _saves(directory: str) -> None:
+def _save_all(directory: str) -> _Run:
+    """Save every case at once, and behind a step that comes before anything is read."""
     for number, (stage, compute) in enumerate(CASES):
         run = _Run(stage, compute)
         run.save_at_once(f"{directory}/{number}/at_once")
@@ -115,12 +116,25 @@ def _saves(directory: str) -> None:
         assert run.engine.saves.secured_s > 0
         may_read.set()
         run.engine.saves.wait()
+    return run
+
+
+def _check_all(directory: Path) -> None:
+    for number, case in enumerate(CASES):
+        at_once = directory / str(number) / "at_once"
+        names = {path.relative_to(at_once) for path in at_once.rglob("*") if path.is_file()}
+        assert sum(name.suffix == ".safetensors" for name in names) > 4, case
+        for name in names:
+            behind = directory / str(number) / "behind" / name
+            assert behind.read_bytes() == (at_once / name).read_bytes(), (case, name)
+
+
+def _saves(directory: str) -> None:
+    run = _save_all(directory)
+    may_read = run.start_behind(f"{directory}/changed")
     if dist.get_rank() == 0:
         with torch.no_grad():
-            may_read = run.start_behind(f"{directory}/changed")
             run.optimizer.param_groups[0]["params"][0].add_(1)
-    else:
-        may_read = run.start_behind(f"{directory}/changed")
     may_read.set()
     with pytest.raises(CheckpointError, match=r"failed on rank 0: .* was changed after the save"):
         run.engine.saves.wait()
@@ -128,10 +142,9 @@ def _saves(directory: str) -> None:
 
 def test_a_save_behind_is_that_of_the_moment_it_began(tmp_path: Path) -> None:
     run_ranks(_saves, 2, str(tmp_path))
-    for number, case in enumerate(CASES):
-        at_once = tmp_path / str(number) / "at_once"
-        names = {path.relative_to(at_once) for path in at_once.rglob("*") if path.is_file()}
-        assert sum(name.suffix == ".safetensors" for name in names) > 4, case
-        for name in names:
-            behind = tmp_path / str(number) / "behind" / name
-            assert behind.read_bytes() == (at_once / name).read_bytes(), (case, name)
+    _check_all(tmp_path)
+
+
+def test_one_process_saves_as_several_do(tmp_path: Path) -> None:
+    _save_all(str(tmp_path))
+    _check_all(tmp_path)

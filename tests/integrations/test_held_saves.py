@@ -17,12 +17,13 @@ from hf_speed.integrations.weights import write_model
 from tests.engine.toys import global_batch, share, toy_model
 from tests.support import run_ranks
 
-CASES: tuple[tuple[int, torch.dtype | None], ...] = (
-    (0, None),
-    (1, None),
-    (2, torch.bfloat16),
-    (3, None),
-    (3, torch.bfloat16),
+CASES: tuple[tuple[int, torch.dtype | None, str], ...] = (
+    (1, None, "host"),  # copied when the save begins: a tier is read where an engine says
+    (0, None, "device"),
+    (1, None, "device"),
+    (2, torch.bfloat16, "device"),
+    (3, None, "device"),
+    (3, torch.bfloat16, "device"),
 )
 
 
@@ -74,16 +75,17 @@ def test_a_change_that_nobody_announced_is_refused(when: str) -> None:
 class _Run:
     """An engine that has trained a step and saves behind the training."""
 
-    def __init__(self, stage: int, compute: torch.dtype | None) -> None:
+    def __init__(self, stage: int, compute: torch.dtype | None, tier: str) -> None:
         self.model = toy_model("llama", tie_word_embeddings=stage == 1)
         config = {
             "zero": {"stage": stage},
+            "offload": {"optimizer": tier},
             "checkpoint": {"asynchronous": True, "max_shard_bytes": 4096},
         }
         self.engine = Engine.attach(self.model, load_config(config), compute_dtype=compute)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.engine.bind_optimizer(self.optimizer)
-        assert can_deliver(self.engine.parts)
+        assert can_deliver(self.engine.parts) == (tier == "device")
         self.step()
 
     def step(self) -> None:
@@ -108,8 +110,8 @@ class _Run:
 
 def _save_all(directory: str) -> _Run:
     """Save every case at once, and behind a step that comes before anything is read."""
-    for number, (stage, compute) in enumerate(CASES):
-        run = _Run(stage, compute)
+    for number, case in enumerate(CASES):
+        run = _Run(*case)
         run.save_at_once(f"{directory}/{number}/at_once")
         may_read = run.start_behind(f"{directory}/{number}/behind")
         run.step()

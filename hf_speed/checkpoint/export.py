@@ -126,7 +126,8 @@ def export(
     options = ExportOptions.parse(dtype, max_shard_size)
     require_empty(target)
     # An unfinished save must not be published.
-    manifest = read_manifest(source) if (source / STATE_DIRECTORY).is_dir() else None
+    has_state = (source / STATE_DIRECTORY).is_dir()
+    manifest = read_manifest(source, is_strict=True) if has_state else None
     weights = find_weights(source, manifest)
     _check_options(weights, options)
     staging = staging_of(target)

@@ -5,6 +5,7 @@ whichever pieces hold it, through memory maps, so nothing but what is asked for 
 is read through once, when it is first touched, to see that it has the checksum of the manifest.
 """
 
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -31,14 +32,22 @@ _MAX_OPEN_FILES = 64
 _MAX_MANIFEST_BYTES = 2 << 30
 """Some ten times what a model of 10^12 parameters on 1000 ranks needs."""
 
+_HUB_TEXTS = frozenset(("config.json", "generation_config.json", "adapter_config.json"))
+"""What describes the Hub model to its users. People edit these, and no state is read by them."""
+
 _log = get_logger(__name__)
 
 
-def read_manifest(directory: str | Path) -> Manifest:
+def read_manifest(directory: str | Path, *, is_strict: bool = False) -> Manifest:
     """The manifest of a whole checkpoint.
 
     Sizes of all files are checked, and the contents of those that are not tensors (config.json, the
     index), which are small. Tensors are checked where they are read.
+
+    Args:
+        directory: of the checkpoint.
+        is_strict: refuse also a config.json (generation_config.json, adapter_config.json) that
+            somebody has edited; otherwise a warning names it. One that is no JSON is damaged.
 
     Raises:
         CheckpointError: there is none (an unfinished save, or no checkpoint), it is damaged, or a
@@ -49,12 +58,29 @@ def read_manifest(directory: str | Path) -> Manifest:
     home = Home(directory)
     for name in manifest.files:
         problem = file_problem(home, manifest, name)
-        if problem is not None:
+        if problem is None:
+            continue
+        is_edited = Path(name).name in _HUB_TEXTS and _is_object(directory / name)
+        if is_strict or not is_edited:
             raise CheckpointError(
                 f"{problem} The checkpoint is not whole: copy the file again, or use another "
                 f"checkpoint."
             )
+        _log.log_once(
+            logging.WARNING,
+            "%s The training goes on, since its state is as it was saved. Copy the file again if "
+            "nobody has edited it.",
+            problem,
+        )
     return manifest
+
+
+def _is_object(path: Path) -> bool:
+    """Whether a file holds a JSON object. Some models' configs hold infinities."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def parse_manifest(directory: Path) -> Manifest:

@@ -1,6 +1,7 @@
 """`hf-speed inspect`: every bad file is named, whatever is wrong with it; what is whole, is."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from hf_speed.checkpoint import StateReader, read_manifest
 from hf_speed.checkpoint.digest import digest_file
+from hf_speed.checkpoint.export import export
 from hf_speed.checkpoint.inspection import Inspection, inspect_checkpoint
 from hf_speed.checkpoint.manifest import MANIFEST_PATH
 from hf_speed.checkpoint.plan import INDEX_NAME
 from hf_speed.checkpoint.tensorfile import write_tensors
 from hf_speed.cli import main
+from hf_speed.errors import CheckpointError
 from tests.checkpoint.toys import (
     LOCAL_FILE,
     SHARDS,
@@ -208,3 +212,24 @@ def test_reading_is_told_block_by_block(tmp_path: Path) -> None:
     told: list[int] = []
     assert digest_file(path, told.append) == written
     assert told == [BLOCK, 5]
+
+
+def test_a_config_that_was_edited_is_named_and_does_not_stop_a_run(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = home / "config.json"
+    config.write_text('{"hidden_size": 4, "note": "edited", "limit": Infinity}')
+    with StateReader(home) as reader:
+        assert reader.read("embed", "exp_avg", 0, 24) is not None
+    assert re.search(r"config\.json has 55 bytes instead of 18.* The training goes on", caplog.text)
+    assert main(["inspect", str(home)]) == 1
+    assert "config.json" in named(inspect_checkpoint(home))
+    with pytest.raises(CheckpointError, match=r"config\.json has 55 bytes instead of 18"):
+        export(home, tmp_path / "out")
+    for text in ("[4]", '{"hidden_size": '):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json has .* is not whole"):
+            read_manifest(home)
+    config.unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        read_manifest(home)

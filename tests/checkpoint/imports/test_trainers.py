@@ -163,6 +163,20 @@ def test_orders_that_fit_alike_are_not_guessed_between(tmp_path: Path) -> None:
         assert numbers[name] == 2
 
 
+def test_a_run_goes_on_where_the_config_beside_it_was_edited(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "imported"
+    _import(TRAINERS / "plain", home)
+    for name in ("config.json", "generation_config.json"):
+        body = json.loads((home / name).read_text()) | {"bos_token_id": 3}
+        (home / name).write_text(json.dumps(body))
+    lines = _go_on("plain", home, tmp_path / "out", 0)
+    assert lines[5]["loss"] == pytest.approx(_said("plain")["losses"]["6"], rel=1e-6)
+    assert caplog.text.count("config.json has ") == 2
+    assert f"{home}/generation_config.json has" in caplog.text
+
+
 def test_no_optimizers_state_is_refused_by_name(tmp_path: Path) -> None:
     cases: dict[str, Any] = {
         "param_groups is NoneType where a list belongs": lambda tree: tree.pop("param_groups"),

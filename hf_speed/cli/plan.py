@@ -136,6 +136,8 @@ def _run(arguments: argparse.Namespace) -> int:
         render_states(states, chosen=resolved.stage, memory=memory, is_pipeline=config.mesh.pp > 1),
         end="\n\n",
     )
+    copied = estimator.copied_by_save(resolved.stage, num_elements=num_parameters)
+    print(render_save(copied, is_behind=config.checkpoint.asynchronous), end="\n\n")
     fits = what_fits(units, config, world_size=world_size, memory=memory, whole=whole)
     print(render_fits(fits))
     return 0
@@ -243,6 +245,15 @@ def render_states(
         lines.append(f"There are {there}. Activations come on top; with accumulation over")
         lines.append("micro-steps at stages 0 and 1, so do the gradients of the whole model.")
     return "\n".join(lines)
+
+
+def render_save(copied: int, *, is_behind: bool) -> str:
+    """What a save behind the training costs."""
+    return (
+        f"checkpoint.asynchronous ({'on' if is_behind else 'off'}): a save copies up to "
+        f"{copied / GIB:.3f} GiB per rank to host memory, freed as it is\nwritten; of a model that "
+        f"is in host memory, only what is not written by the next step."
+    )
 
 
 def render_fits(rows: "Sequence[Capacity]") -> str:

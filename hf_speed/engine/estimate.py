@@ -141,6 +141,7 @@ class Estimator:
         sizes = check_world(config, world_size)
         self._replicas, self._shards = sizes.dp_replicate, sizes.dp_shard
         self._is_pipeline = sizes.pp > 1
+        self._world_size = world_size
         self._layouts: dict[tuple[tuple[int, ...], int, int], FlatLayout] = {}
 
     def at(self, stage: int, tiers: Tiers = ON_DEVICE, *, accumulates: bool = False) -> StateBytes:
@@ -180,6 +181,32 @@ class Estimator:
     def needed(self, stage: int, tiers: Tiers) -> TierBytes:
         """What a plan is chosen by: as if gradients accumulated over micro-steps."""
         return self.at(stage, tiers, accumulates=True).by_tier
+
+    def copied_by_save(self, stage: int, *, num_elements: int) -> int:
+        """Host bytes that one rank copies at most for a save behind the training.
+
+        They are its part of the states, and of the model's files, which are dealt out whole, so
+        that what a rank gets is rounded up to files. Masters are in either, not in both.
+
+        Args:
+            stage: 0 to 3.
+            num_elements: of the whole model.
+        """
+        limit = self._config.checkpoint.max_shard_bytes
+
+        def in_files(itemsize: int) -> int:
+            num_bytes = num_elements * itemsize
+            num_files = ceil(ceil(num_bytes / limit) / self._world_size)
+            return min(num_bytes, num_files * limit)
+
+        groups = list(self._groups())
+        parts = [(group, self.layout(group, stage).part_numel) for group in groups if group.trained]
+        # Smaller moments are counted as if they were stored as float32.
+        moments = self._num_moments * sum(numel * group.master for group, numel in parts)
+        masters = sum(numel * group.master for group, numel in parts if group.has_copy)
+        widest = max((group.master for group in groups), default=0)
+        computes = max((group.compute for group in groups), default=0)
+        return moments + max(in_files(widest), masters + in_files(computes))
 
     def _staging(self, tiers: Tiers, when: str) -> tuple[int, int]:
         """Bytes on device and host of the buffers that chunks pass.

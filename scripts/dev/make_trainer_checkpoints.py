@@ -62,7 +62,7 @@ def build_model() -> Any:
     return LlamaForCausalLM(LlamaConfig(**CONFIG))
 
 
-def rows() -> list[dict[str, torch.Tensor]]:
+def rows() -> Any:
     """More than a run reads, so that its place in a shuffled epoch counts."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, CONFIG["vocab_size"], (40, TOKENS), generator=generator)

@@ -50,6 +50,7 @@ def test_plan_counts_the_model(model_directory: Path, capsys: pytest.CaptureFixt
     assert "in 4 units" in out
     assert "-> stage 0" in out
     assert "mesh.dp_shard" in out
+    assert "checkpoint.asynchronous (off): a save copies up to 0.00" in out
 
 
 def test_plan_takes_the_stage_of_the_config(

@@ -13,6 +13,7 @@ from hf_speed.config.planner import LADDER, ON_DEVICE
 from hf_speed.engine import Engine
 from hf_speed.engine.estimate import Estimator, GroupSize
 from hf_speed.engine.planning import sizes_of
+from hf_speed.engine.state import local_states
 from tests.engine.toys import global_batch, ranks_here, share, toy_model
 from tests.support import run_ranks
 
@@ -152,8 +153,17 @@ def _model() -> nn.Module:
     return toy_model("llama", num_layers=6, hidden_size=64, intermediate_size=96)
 
 
-def _alive_and_estimated(case: Case) -> tuple[int, int]:
-    """Bytes of what an engine holds at the end of its second backward, and the estimate."""
+class Bytes(NamedTuple):
+    """What there is, and what was estimated: in memory, and for a save behind the training."""
+
+    alive: int
+    estimated: int
+    saved: int
+    saved_estimated: int
+
+
+def _count(case: Case) -> Bytes:
+    """Bytes of what an engine holds at the end of its second backward, and the estimates."""
     model = _model()
     tree = {section: dict(values) for section, values in case.sections.items()}
     tree.setdefault("zero", {})["stage"] = case.stage
@@ -173,7 +183,16 @@ def _alive_and_estimated(case: Case) -> tuple[int, int]:
         sizes_of(_model(), config, compute_dtype=case.dtype), config, world_size=ranks_here()
     )
     estimate = estimator.at(case.stage, accumulates=case.num_backwards > 1)
-    return bytes_alive(engine, optimizer), estimate.total
+    # All is one file of the model, the first rank's.
+    num_elements = sum(value.numel() for value in _model().parameters())
+    files = num_elements * (case.dtype or torch.float32).itemsize
+    states = sum(each.value.nbytes for each in local_states(engine.parts, optimizer))
+    return Bytes(
+        bytes_alive(engine, optimizer),
+        estimate.total,
+        states + files,
+        estimator.copied_by_save(case.stage, num_elements=num_elements),
+    )
 
 
 def bytes_alive(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
@@ -189,12 +208,27 @@ def bytes_alive(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _all_cases() -> list[tuple[int, int]]:
-    return [_alive_and_estimated(case) for case in CASES]
+def _all_cases() -> list[Bytes]:
+    return [_count(case) for case in CASES]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_device_tier_holds_what_was_estimated(world_size: int) -> None:
-    for found in run_ranks(_all_cases, world_size):
-        for case, (alive, estimated) in zip(CASES, found, strict=True):
-            assert alive == estimated, case
+    ranks = run_ranks(_all_cases, world_size)
+    for found in ranks:
+        for case, each in zip(CASES, found, strict=True):
+            assert each.alive == each.estimated, case
+    for case, each in zip(CASES, ranks[0], strict=True):
+        assert each.saved <= each.saved_estimated <= 1.001 * each.saved, case
+
+
+def test_a_save_behind_copies_its_states_and_its_files() -> None:
+    """Of 64,000 elements on 4 ranks: a quarter's 12 bytes and files of 2, or 8 and files of 4."""
+    units = [[_mixed(600 * 64)], [_mixed(400 * 64)]]
+    for limit, a_sixty_fourth in (
+        (1 << 30, 2000 + 4000),  # One file, of all; of float32, for it may hold the masters.
+        (1000 * 64, 3000 + 1000),  # One of two files; one of four would hold as much.
+        (250 * 64, 3000 + 2 * 250),  # Two of eight.
+    ):
+        estimator = _estimator(units, {"checkpoint": {"max_shard_bytes": limit}})
+        assert estimator.copied_by_save(3, num_elements=1000 * 64) == a_sixty_fourth * 64

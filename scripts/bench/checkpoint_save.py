@@ -285,7 +285,7 @@ def measure(
                     for label, saves in found.items()
                 }
                 beside = [way for way in ways if way in (OURS, BEHIND_PEER)]
-                rows += behind_rows(started, beside, home, sync_s, shape, rounds=rounds - 1)
+                rows += behind_rows(started, beside, home, sync_s, shape, rounds=min(rounds - 1, 3))
                 rows += load_rows(started, ways, home, shape, rounds=1 if args.quick else 2)
         finally:
             shutil.rmtree(home)

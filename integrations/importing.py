@@ -20,6 +20,7 @@ from hf_speed.checkpoint.imports.convert import inverse
 from hf_speed.checkpoint.plan import ModelPlan, TensorGroup, split_files
 from hf_speed.checkpoint.tensorfile import TensorSpec
 from hf_speed.engine.saved_run import (
+    IMPORTED_FROM,
     LOSS_SCALE,
     MASTERS_IN_FILES,
     MESH,
@@ -432,7 +433,7 @@ def _meta(foreign: Foreign, naming: Naming, shapes: dict[str, tuple[int, ...]]) 
         "stage": foreign.stage,
         OPTIMIZER: foreign.optimizer,
         LOSS_SCALE: None if foreign.loss_scale is None else dict(foreign.loss_scale),
-        "imported_from": foreign.origin,
+        IMPORTED_FROM: foreign.origin,
     }
     kept = {spec.dtype for file in naming.plan.files for spec in file.tensors}
     if foreign.trained and kept == {torch.float32}:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hf_speed.checkpoint.reader import StateReader
-from hf_speed.engine.saved_run import saved_mesh
+from hf_speed.engine.saved_run import IMPORTED_FROM, saved_mesh
 from hf_speed.errors import CheckpointError
 from hf_speed.logs import get_logger
 from hf_speed.mesh import ParallelMesh
@@ -70,7 +70,14 @@ def load_rng(mesh: ParallelMesh, reader: StateReader, *, says_so: bool = True) -
     source = _source(mesh, there)
     local = reader.local(source) if source is not None else {}
     num_here, num_there = _num_data_ranks(mesh.sizes), _num_data_ranks(there)
-    if says_so and (num_here > num_there or "cpu_rng" not in local):
+    if says_so and IMPORTED_FROM in reader.meta:
+        _log.warning(
+            "%s was imported and has no RNG states of ours. The Trainer goes on with those in its "
+            "rng_state*.pth, if they are there for as many processes; otherwise dropout and "
+            "sampling will differ from the run that wrote it.",
+            reader.directory,
+        )
+    elif says_so and (num_here > num_there or "cpu_rng" not in local):
         _log.warning(
             "%s has no RNG states for all of this run's %d data-parallel ranks (it was saved by "
             "%d): dropout and sampling of the others will differ from the run that wrote it.",

@@ -29,6 +29,9 @@ PARAMETER_SHAPES = "parameters"
 MASTERS_IN_FILES = "masters_in_files"
 """The dtype in which the Hub files hold the masters that are not stored beside them, if any."""
 
+IMPORTED_FROM = "imported_from"
+"""What wrote the source of an import; for messages."""
+
 _SCALER_KEYS = ("scale", "good_steps", "tolerance")
 
 

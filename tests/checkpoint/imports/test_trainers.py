@@ -175,6 +175,7 @@ def test_a_run_goes_on_where_the_config_beside_it_was_edited(
     assert lines[5]["loss"] == pytest.approx(_said("plain")["losses"]["6"], rel=1e-6)
     assert caplog.text.count("config.json has ") == 2
     assert f"{home}/generation_config.json has" in caplog.text
+    assert "was imported and has no RNG states of ours. The Trainer goes on with" in caplog.text
 
 
 def test_no_optimizers_state_is_refused_by_name(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hf_speed.checkpoint.digest import digest_file
+from hf_speed.checkpoint.digest import digest_file, digest_of, tree_digest
 from hf_speed.checkpoint.header import DTYPE_CODES
 from hf_speed.checkpoint.manifest import MANIFEST_PATH, Entry, Manifest, Piece, Scalar
 from hf_speed.checkpoint.mapped import MappedFile
@@ -144,8 +144,12 @@ class StateReader:
         self.manifest = read_manifest(directory)
         self._entries = {(entry.name, entry.kind): entry for entry in self.manifest.entries}
         self._kinds: dict[str, tuple[str, ...]] = {}
+        self._piece_digests: dict[str, dict[str, str | None]] = {}
         for entry in self.manifest.entries:
             self._kinds[entry.name] = (*self._kinds.get(entry.name, ()), entry.kind)
+            for piece in entry.pieces:
+                self._piece_digests.setdefault(piece.file, {})[piece.key] = piece.digest
+        self._whole_headers: set[str] = set()
         self._open: OrderedDict[str, MappedFile] = OrderedDict()
 
     @property
@@ -303,7 +307,9 @@ class StateReader:
                 f"{file.path} holds {holds} as {span.shape} {span.code}; the manifest says "
                 f"{expected[0]} {expected[1]}."
             )
-        return file.tensor(piece.key, holds, piece.digest)[box.slices(piece.offsets)]
+        value = file.tensor(piece.key, holds, piece.digest)
+        self._check_header(piece.file, file, holds)
+        return value[box.slices(piece.offsets)]
 
     def _file(self, file: str, holds: str) -> MappedFile:
         """A mapped file; the least recently used is unmapped when there are many."""
@@ -316,6 +322,22 @@ class StateReader:
                 self._open.popitem(last=False)
         self._open.move_to_end(file)
         return self._open[file]
+
+    def _check_header(self, file: str, mapped: MappedFile, holds: str) -> None:
+        """Compare a header with its file's checksum, which those of the pieces make up with it."""
+        expected = self.manifest.files[file].digest
+        if expected is None or file in self._whole_headers:
+            return
+        known = self._piece_digests[file]
+        digests = [known.get(key) for key in mapped.header.spans]
+        whole = [each for each in digests if each is not None]
+        header = digest_of(mapped.header.raw)
+        if len(whole) < len(digests) or tree_digest(header, whole) != expected:
+            raise CheckpointError(
+                f"{mapped.path} is damaged in its header; it holds {holds}. Copy the file again, "
+                f"or use another checkpoint."
+            )
+        self._whole_headers.add(file)
 
 
 def no_manifest_reason(directory: Path) -> str:

@@ -214,6 +214,7 @@ def test_one_bad_block_of_many_is_an_error(queue: AioQueue, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    gc.collect()
     open_before = _num_fds()
     with pytest.raises(FileNotFoundError):
         _file(tmp_path / "missing", MIB)
@@ -225,7 +226,8 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"cannot reserve \d+ bytes: File too large"):
         _file(tmp_path, 1 << 61)
     assert list(tmp_path.iterdir()) == []
-    assert _num_fds() == open_before
+    # Fewer: what earlier tests of this process left to the garbage collector.
+    assert _num_fds() <= open_before
 
 
 def _num_fds() -> int:

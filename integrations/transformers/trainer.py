@@ -203,7 +203,8 @@ class HfSpeedTrainerMixin(PositionedTrainer):
         """
         count = super()._get_num_items_in_batch(batch_samples, device)
         summed = self.args.average_tokens_across_devices
-        return count if summed or not isinstance(count, Tensor) else count * self._num_sharing
+        kept = summed or not isinstance(count, Tensor) or not _base_divides_tokens()
+        return count if kept else count * self._num_sharing
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """As the base class does, counting each batch once."""
@@ -455,6 +456,12 @@ class HfSpeedTrainerMixin(PositionedTrainer):
             super()._load_best_model()
         else:
             weights.load_model(engine, best)
+
+
+@functools.cache
+def _base_divides_tokens() -> bool:
+    """Whether transformers' count of tokens goes by get_tp_size (5.23 does, 5.17 does not)."""
+    return "get_tp_size" in inspect.getsource(transformers.Trainer._get_num_items_in_batch)
 
 
 class Trainer(HfSpeedTrainerMixin, transformers.Trainer):

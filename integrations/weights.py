@@ -261,6 +261,13 @@ def _load_adapters(engine: Engine, directory: str) -> None:
             raise CheckpointError(
                 f"{home} holds no readable adapter {adapter!r}: {error}."
             ) from error
+        absent = sorted(known.keys() - stored.keys())
+        if absent:
+            raise CheckpointError(
+                f"The adapter {adapter!r} in {home} lacks {len(absent)} of its {len(known)} "
+                f"tensors, first {absent[0]}. Resume with the PEFT config that it was saved with, "
+                f"or from another checkpoint."
+            )
         for key, value in stored.items():
             name = known.get(key) or (key if key in shapes else None)
             if name is None or shapes[name] != value.shape:

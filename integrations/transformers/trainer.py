@@ -381,12 +381,13 @@ class HfSpeedTrainerMixin(PositionedTrainer):
             gather = (
                 weights.adapter_state if weights.is_peft(engine.model) else weights.full_state_dict
             )
-            # The base class knows the layouts of PEFT and of bare modules; ranks that do not write
-            # return at once.
+            # The base class knows the layouts of PEFT and of bare modules.
             state = gather(engine)
             engine.saves.wait()
             with agreed(engine.mesh.world, f"Saving the model to {home}"):
-                self._save(home, state_dict=state)
+                # transformers 5.17 writes on whichever rank calls it: {} over the values of rank 0.
+                if self.args.should_save:
+                    self._save(home, state_dict=state)
         else:
             save = None if self._running is None else self._running.save
             weights.write_model(engine, home, save=save)

@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import hf_speed
 from hf_speed.engine import engine_of
+from hf_speed.errors import CheckpointError
+from hf_speed.integrations.weights import load_model
 from tests.integrations.toys import (
     VOCABULARY,
     arguments,
@@ -87,6 +90,25 @@ def test_lora_trains_saves_and_resumes_as_under_ddp(
         assert "adapter_model.safetensors" in each["files"]
         for name, value in each["adapters"].items():
             torch.testing.assert_close(value, ddp["adapters"][name], rtol=1e-4, atol=1e-5)
+
+
+def _incomplete_adapter(directory: str) -> str:
+    made = _trainer(directory, stage(2), {"max_steps": 1, "save_strategy": "no"})
+    made.train()
+    made.save_model(f"{directory}/last")
+    path = Path(f"{directory}/last/adapter_model.safetensors")
+    tensors = load_file(path)
+    removed = tensors.pop(min(tensors))
+    assert removed.numel()
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(made.speed_engine, f"{directory}/last")
+    return str(caught.value)
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
+    (message,) = run_ranks(_incomplete_adapter, 1, str(tmp_path))
+    assert "lacks 1 of its 8 tensors, first base_model.model.model.layers.0" in message
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -291,13 +291,12 @@ def _rewrite(weights: HubWeights, masters: Masters, staging: Path, options: Expo
 
 def _fill(weights: HubWeights, masters: Masters, staging: Path, planned: PlannedFile) -> None:
     """Write one file: first what comes from files, source by source, then what has masters."""
-    out = TensorFile(staging / planned.name, planned.tensors)
     served = {
         spec.name: spec
         for spec in planned.tensors
         if masters.serves(spec.name, weights.tensors[spec.name], spec.dtype)
     }
-    try:
+    with TensorFile(staging / planned.name, planned.tensors) as out:
         for file in sorted({weights.homes[spec.name] for spec in planned.tensors}):
             with TensorSource(_own(Home(weights.directory), file)) as source:
                 for spec in planned.tensors:
@@ -305,10 +304,6 @@ def _fill(weights: HubWeights, masters: Masters, staging: Path, planned: Planned
                         out.write(spec.name, _read(source, spec, weights))
         for name in sorted(served, key=masters.order):
             out.write(name, masters.read(name).to(served[name].dtype))
-    except BaseException:
-        out.abandon()
-        raise
-    out.close()
 
 
 def _read(source: TensorSource, spec: TensorSpec, weights: HubWeights) -> Tensor:

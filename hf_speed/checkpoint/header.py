@@ -41,6 +41,28 @@ MAX_HEADER_BYTES = 100_000_000
 METADATA = "__metadata__"
 
 
+_READ_BYTES = 1 << 30
+"""Linux reads at most 2 GiB per call."""
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fill `into` with the bytes of an open file from `offset` on; fewer where the file ends.
+
+    Returns:
+        How many bytes were read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done : done + _READ_BYTES]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
 class Span(NamedTuple):
     """A tensor in a file: `code` is its dtype as safetensors calls it, bytes [begin, end) hold it.
 

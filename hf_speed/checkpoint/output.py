@@ -9,15 +9,15 @@ to reach the disk. Direct I/O (O_DIRECT) leaves that out, but wants whole pages 
 `sync` forces to disk what either way has written.
 """
 
-import contextlib
 import errno
-import mmap
 import os
 from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor
+
+from hf_speed.ops.aio import aligned_empty
 
 PAGE_BYTES = 4096
 """Direct I/O moves multiples of this, to and from multiples of it."""
@@ -97,7 +97,7 @@ class OutputFile:
     ) -> int:
         """Write the first block of whole pages; how many bytes that was. 0: not past the cache."""
         if self._block is None:
-            self._block = _aligned(BLOCK_BYTES)
+            self._block = aligned_empty(BLOCK_BYTES, torch.uint8)
         size = min(data.numel(), BLOCK_BYTES)
         block = self._block[:size].copy_(data[:size]).numpy().data
         try:
@@ -132,13 +132,3 @@ def _write_at(descriptor: int, offset: int, data: memoryview) -> None:
         done = os.pwrite(descriptor, data, offset)
         offset += done
         data = data[done:]
-
-
-def _aligned(nbytes: int) -> Tensor:
-    """(nbytes,) uint8 that starts on a page; from 2 MiB on of huge pages, if there are any."""
-    memory = mmap.mmap(-1, nbytes + BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    raw = torch.frombuffer(memory, dtype=torch.uint8)
-    skip = -raw.data_ptr() % BLOCK_BYTES
-    with contextlib.suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)
-    return raw[skip : skip + nbytes]

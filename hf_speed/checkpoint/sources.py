@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_speed.checkpoint.digest import digest_of
-from hf_speed.checkpoint.header import DTYPE_OF_CODE, read_header
+from hf_speed.checkpoint.header import DTYPE_OF_CODE, read_at, read_header
 from hf_speed.errors import CheckpointError
-
-_READ_BYTES = 1 << 30
-"""Linux reads at most 2 GiB per call."""
 
 
 class TensorSource:
@@ -95,11 +92,8 @@ class TensorSource:
 
     def _read_at(self, offset: int, into: memoryview) -> None:
         try:
-            while into:
-                done = os.preadv(self._descriptor, [into[:_READ_BYTES]], offset)
-                if not done:
-                    raise CheckpointError(f"{self.path} is damaged: it was cut short meanwhile.")
-                offset += done
-                into = into[done:]
+            done = read_at(self._descriptor, into, offset)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}.") from error
+        if done < len(into):
+            raise CheckpointError(f"{self.path} is damaged: it was cut short meanwhile.")

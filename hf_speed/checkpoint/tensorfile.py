@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -119,18 +120,29 @@ class TensorFile:
         """Close without waiting for the disk; the file is of no use."""
         self._out.close()
 
+    def __enter__(self) -> Self:
+        """The header is written already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close; abandon the file where the block failed."""
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write a whole safetensors file, forced to disk; tensors may be on any device."""
     specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
-    file = TensorFile(path, specs)
-    try:
+    with TensorFile(path, specs) as file:
         for name, value in tensors.items():
             file.write(name, value.cpu())
-    except BaseException:
-        file.abandon()
-        raise
-    file.close()
     return file.record
 
 

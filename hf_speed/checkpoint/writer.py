@@ -235,16 +235,11 @@ def _write_file(path: Path, cuts: list[_Cut]) -> FileRecord:
         for cut in cuts
         for piece in cut.entry.pieces
     ]
-    file = TensorFile(path, specs)
-    try:
+    with TensorFile(path, specs) as file:
         for cut in cuts:
             with cut.state.reading() as value:
                 for piece, run in zip(cut.entry.pieces, cut.runs, strict=True):
                     file.write(piece.key, run.view(value).cpu())
-    except BaseException:
-        file.abandon()
-        raise
-    file.close()
     return file.record
 
 

@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_speed.checkpoint.header import read_at
 from hf_speed.checkpoint.imports.pickles import Factory, Record, StorageKind, load_pickle
 from hf_speed.errors import CheckpointError
-
-_READ_BYTES = 1 << 30
-"""Linux reads at most 2 GiB per call."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -57,12 +55,8 @@ class Extent(NamedTuple):
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}.") from error
         try:
-            while view:
-                count = os.preadv(descriptor, [view[:_READ_BYTES]], position)
-                if count == 0:
-                    raise CheckpointError(f"{self.path} ends before byte {position + len(view)}.")
-                position += count
-                view = view[count:]
+            if read_at(descriptor, view, position) < len(view):
+                raise CheckpointError(f"{self.path} ends before byte {position + len(view)}.")
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}.") from error
         finally:

@@ -13,16 +13,19 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -179,3 +182,25 @@ def _set_environment(rank: int, world: _World) -> None:
     )
     if world.backend == "gloo":
         os.environ["ACCELERATE_USE_CPU"] = "1"
+
+
+@contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[Path]:
+    """A file system of its own, in memory, mounted where `directory` is made; skips without mount.
+
+    Args:
+        directory: does not exist yet.
+        size: as mount takes it: bytes, "8m".
+    """
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("a full disk needs the mount command")
+    if mounted.returncode != 0:
+        pytest.skip(f"a full disk needs a mount of tmpfs: {mounted.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from hf_speed.checkpoint import (
 from hf_speed.errors import CheckpointError
 from hf_speed.mesh import AxisGroup
 from hf_speed.mesh.axes import IDENTITY
-from tests.support import RankError, run_ranks
+from tests.support import RankError, run_ranks, small_disk
 
 MIB = 1 << 20
 NUMEL = MIB // 4
@@ -79,20 +78,11 @@ def check(directory: Path, value: float) -> None:
         assert "model-00002-of-00002.safetensors" in reader.manifest.files
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("a full disk needs the mount command")
-    if mounted.returncode != 0:
-        pytest.skip(f"a full disk needs a mount of tmpfs: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+@pytest.fixture(name="disk")
+def _disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 8 MiB."""
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        yield disk
 
 
 def _full_disk_rank(disk: str) -> list[str]:
@@ -120,29 +110,29 @@ def _save_large_state(directory: Path, world: AxisGroup) -> None:
     write_states(directory, [state], {}, world=world)
 
 
-def test_full_disk_fails_on_every_rank_and_keeps_the_previous_checkpoint(small_disk: Path) -> None:
-    for texts in run_ranks(_full_disk_rank, 2, str(small_disk), timeout_s=60):
+def test_full_disk_fails_on_every_rank_and_keeps_the_previous_checkpoint(disk: Path) -> None:
+    for texts in run_ranks(_full_disk_rank, 2, str(disk), timeout_s=60):
         model, state = texts
         assert "Saving the model to" in model
         assert "No space left on device" in model
         # Only rank 1 has more than fits, but what it has written may leave rank 0 no room either.
         assert re.search(r"failed on rank [01]: OSError: \[Errno 28\] No space left", state)
         assert "What was saved before is untouched" in state
-    check(small_disk / "checkpoint-1", 1.0)
+    check(disk / "checkpoint-1", 1.0)
     with pytest.raises(CheckpointError, match="was not saved to the end"):
-        read_manifest(small_disk / "checkpoint-2")
-    leftovers = [path for path in (small_disk / "checkpoint-2").rglob("*") if path.is_file()]
+        read_manifest(disk / "checkpoint-2")
+    leftovers = [path for path in (disk / "checkpoint-2").rglob("*") if path.is_file()]
     assert leftovers == []
 
 
-def test_full_disk_keeps_what_is_in_the_same_directory(small_disk: Path) -> None:
-    save(small_disk, IDENTITY, 1.0)
+def test_full_disk_keeps_what_is_in_the_same_directory(disk: Path) -> None:
+    save(disk, IDENTITY, 1.0)
     large = LocalState("w", "m", (6 * NUMEL,), 0, 6 * NUMEL, torch.zeros(6 * NUMEL))
     with pytest.raises(CheckpointError, match="No space left"):
-        write_model(small_disk, plan_of(6), gathered(6, 2.0), world=IDENTITY)
+        write_model(disk, plan_of(6), gathered(6, 2.0), world=IDENTITY)
     with pytest.raises(CheckpointError, match="No space left"):
-        write_states(small_disk, [large], {}, world=IDENTITY)
-    check(small_disk, 1.0)
+        write_states(disk, [large], {}, world=IDENTITY)
+    check(disk, 1.0)
 
 
 def _killed_rank(directory: str, when: str) -> None:

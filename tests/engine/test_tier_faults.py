@@ -3,11 +3,8 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,26 +14,9 @@ from hf_speed.config import load_config
 from hf_speed.engine import Engine
 from hf_speed.errors import ConfigError, OffloadError
 from tests.engine.toys import global_batch, share, speed, toy_model
-from tests.support import RankError, run_ranks
+from tests.support import RankError, run_ranks, small_disk
 
 KINDS = ("optimizer", "gradients", "parameters")
-
-
-@contextmanager
-def _small_disk(directory: Path, num_bytes: int) -> Iterator[Path]:
-    """A file system of its own, in memory; needs the right to mount."""
-    directory.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(directory)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("no right to mount a small file system here")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "-l", str(directory)], check=False)
 
 
 def _everything_on(path: str | Path) -> dict[str, object]:
@@ -61,7 +41,7 @@ def _train(path: str, num_steps: int) -> list[float]:
 
 def test_a_disk_that_is_full_stops_every_rank_before_training(tmp_path: Path) -> None:
     with (
-        _small_disk(tmp_path / "small", 24 * 1024) as path,
+        small_disk(tmp_path / "small", "24k") as path,
         pytest.raises(RankError, match="No plan fits this model") as failed,
     ):
         run_ranks(_train, 2, str(path), 1, timeout_s=60.0)

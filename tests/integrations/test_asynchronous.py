@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from hf_speed.checkpoint import StateReader
 from hf_speed.checkpoint.latest import read_latest
 from hf_speed.errors import CheckpointError
 from tests.integrations.toys import curve, llama, stage, trainer
-from tests.support import RankError, run_ranks
+from tests.support import RankError, run_ranks, small_disk
 
 BEHIND: dict[str, Any] = {"checkpoint": {"asynchronous": True}}
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -104,20 +103,11 @@ def test_train_ends_when_its_saves_have_and_keeps_its_limit(tmp_path: Path) -> N
         assert not each["saving"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("a full disk needs the mount command")
-    if mounted.returncode != 0:
-        pytest.skip(f"a full disk needs a mount of tmpfs: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+@pytest.fixture(name="disk")
+def _disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 1 MiB."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 def _until_full(directory: str) -> tuple[int, str, str | None]:
@@ -145,16 +135,16 @@ def _go_on(directory: str) -> int:
 
 
 def test_a_full_disk_stops_all_ranks_at_one_step_and_leaves_the_save_before(
-    small_disk: Path,
+    disk: Path,
 ) -> None:
-    one, two = run_ranks(_until_full, 2, str(small_disk), timeout_s=60)
+    one, two = run_ranks(_until_full, 2, str(disk), timeout_s=60)
     assert one == two
     step, message, latest = one
     assert step > 0
     assert "No space left on device" in message
     assert "behind the training" in message
     assert latest is not None
-    assert run_ranks(_go_on, 1, str(small_disk))[0] == int(latest.removeprefix("checkpoint-"))
+    assert run_ranks(_go_on, 1, str(disk))[0] == int(latest.removeprefix("checkpoint-"))
 
 
 def _accelerated(directory: str, config: Any) -> tuple[Any, Any, Any]:
